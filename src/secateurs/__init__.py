@@ -1,0 +1,1 @@
+"""secateurs: gradient-based pruning for PyTorch models."""

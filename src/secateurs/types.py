@@ -1,0 +1,504 @@
+"""The nouns of secateurs: what flows between the rooms, and nothing else.
+
+    trace -> Graph of Targets        score -> Scores        allocate -> Counts
+    select -> Plan                   verify -> Verification  measure -> Measurement
+
+Conventions said once: mask True = keep; larger score = keep; `sparsity` is the fraction in
+[0, 1) of units removed, a `Budget` says what *remains*; MACs are multiply-adds for one sample.
+Index arrays are numpy int64, scores and masks are torch tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateurs.errors import ConfigError, choose
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Budget",
+    "CostDim",
+    "CostTerm",
+    "Counts",
+    "Evaluate",
+    "Exclusion",
+    "Graph",
+    "GroupTarget",
+    "Inputs",
+    "Kind",
+    "LossFn",
+    "Member",
+    "Plan",
+    "Scores",
+    "Site",
+    "Target",
+    "Threshold",
+    "WeightTarget",
+]
+
+Kind = Literal[
+    "weight",
+    "neuron",
+    "channel",
+    "hidden",
+    "head",
+    "head_dim",
+    "kv_group",
+    "expert",
+    "embedding",
+    "layer",
+]
+Role = Literal["producer", "consumer"]
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+"""What a model is called with: a tensor, a tuple (positional) or a dict (keywords)."""
+Batch = tuple[Any, Any]
+"""One batch: `(inputs, targets)`, inputs as in `Inputs`."""
+Batches = Iterable[Batch]
+"""Something that can be iterated more than once: a list or a DataLoader, not a generator."""
+LossFn = Callable[[Any, Any], Tensor]
+"""`loss_fn(outputs, targets) -> scalar`, the mean over the samples of the batch."""
+Evaluate = Callable[[torch.nn.Module], float | Mapping[str, float]]
+"""`evaluate(model) -> float or dict`; the first entry of a dict is the main metric."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Where the units of a group live along one dimension of one parameter or buffer.
+
+    Position `index[i]` of dimension `dim` of `tensor` belongs to unit `unit[i]`. A unit may own
+    several positions (the four gate rows of an LSTM unit) and a tensor may appear twice (a
+    recurrent weight: rows as producer, columns as consumer).
+
+    Attributes:
+        tensor: fully qualified name, as in `model.state_dict()`.
+        dim: dimension of the tensor.
+        index: (n,) int64, positions along `dim`, each at most once.
+        unit: (n,) int64, the unit in [0, n_units) that owns each position.
+        role: "producer" makes the unit's value (output rows, bias, norm scale and shift);
+            "consumer" reads it (input columns).
+        outermost: for producers, False when another producer follows in series (a convolution
+            whose output goes through a batch norm): scaling both would scale the unit twice.
+        learned: False for buffers.
+    """
+
+    tensor: str
+    dim: int
+    index: IntArray
+    unit: IntArray
+    role: Role
+    outermost: bool = True
+    learned: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where the activation of a group can be seen in a plain run of the model.
+
+    Attributes:
+        module: module path, as in `model.get_submodule`.
+        call: 0 for the module's first call in a forward pass, 1 for its second, ...
+        side: "input" or "output" of that call.
+        position: which tensor: the position among the positional inputs, or among the
+            tensors of the (possibly nested) output.
+        dim: dimension of that tensor that holds the units.
+        index: (n,) int64 positions along `dim`.
+        unit: (n,) int64 unit of each position.
+        role: "producer" sites are outputs of the outermost producers, before any activation
+            function; "consumer" sites are the inputs of the consumers.
+        gate_exact: True when activation x gradient at this site is exactly the derivative of
+            the loss with respect to scaling this producer or use of the unit. False for a
+            recurrent layer, whose units also act on themselves inside the kernel.
+    """
+
+    module: str
+    call: int
+    side: Literal["input", "output"]
+    position: int
+    dim: int
+    index: IntArray
+    unit: IntArray
+    role: Role
+    gate_exact: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class WeightTarget:
+    """One parameter; its units are its elements, in row-major order."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind = "weight"
+
+    @property
+    def n_units(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTarget:
+    """A family of interchangeable structural units that must be kept or removed together.
+
+    Attributes:
+        name: stable: the module that first produces the units, a colon, the kind.
+        kind: comes from the producing operator.
+        n_units: how many units the family has.
+        members: every place in parameters and buffers that belongs to the units.
+        sites: where the activations can be hooked; empty for values inside fused kernels.
+        removal: whose zeroing alone removes a unit exactly: "producers" when zero survives up
+            to the consumers (relu, tanh, gelu), "consumers" when it does not (sigmoid).
+    """
+
+    name: str
+    kind: Kind
+    n_units: int
+    members: tuple[Member, ...]
+    sites: tuple[Site, ...] = ()
+    removal: Literal["producers", "consumers"] = "producers"
+
+
+Target = WeightTarget | GroupTarget
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A part of the model that is not pruned, and why.
+
+    Attributes:
+        name: what is left whole: a parameter, a dimension of it, or a module.
+        reason: one sentence a user understands.
+        where: the operator that pinned it, with the user's source line when it is known.
+    """
+
+    name: str
+    reason: str
+    where: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class CostDim:
+    """One factor of a cost: `size` entries, of which those in `owned` belong to units.
+
+    `owned[target]` is (n_units,) int64: how many of the entries each unit of that target owns.
+    """
+
+    size: int
+    owned: Mapping[str, IntArray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class CostTerm:
+    """Parameters and MACs that vanish with units: the product of its dimensions.
+
+    Attributes:
+        name: the parameter (or operator) it stands for.
+        dims: the parameter count is the product of the entries that remain in each.
+        is_parameter: whether it counts as parameters (else only as MACs).
+        uses: MACs per element for one sample (a convolution weight: output positions).
+    """
+
+    name: str
+    dims: tuple[CostDim, ...]
+    is_parameter: bool = True
+    uses: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What `trace` found: everything that can be pruned, and what cannot and why.
+
+    Attributes:
+        targets: all targets by name: groups first, in execution order, then weights.
+        excluded: parts that are left whole.
+        costs: one term per parameter and per operator that multiplies activations.
+        front_end: which capture made it, e.g. "torch.export".
+        unknown_ops: operators without a rule; what they touch is pinned.
+    """
+
+    targets: Mapping[str, Target]
+    excluded: tuple[Exclusion, ...] = ()
+    costs: tuple[CostTerm, ...] = ()
+    front_end: str = ""
+    unknown_ops: tuple[str, ...] = ()
+    detail: Any = field(default=None, repr=False)
+
+    @property
+    def units(self) -> dict[str, int]:
+        """Number of units of each structural target."""
+        return {t.name: t.n_units for t in self.groups()}
+
+    def groups(self, granularity: str | Iterable[str] = "structured") -> list[GroupTarget]:
+        """Structural targets of the given kinds, in execution order."""
+        return [t for t in self.select(granularity) if isinstance(t, GroupTarget)]
+
+    def select(self, granularity: str | Iterable[str]) -> list[Target]:
+        """Targets of one kind, several kinds, or "structured" (all but weight, embedding, layer).
+
+        Raises:
+            ConfigError: the kind is unknown.
+        """
+        kinds = expand_granularity(granularity)
+        return [t for t in self.targets.values() if t.kind in kinds]
+
+    def summary(self) -> str:
+        """A plain-text table of what can be pruned and what cannot, with reasons."""
+        rows = [f"{t.name:40s} {t.kind:9s} {t.n_units:6d} units" for t in self.groups("structured")]
+        rows += [f"{e.name:40s} left whole: {e.reason}" for e in self.excluded]
+        return "\n".join(rows)
+
+
+KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
+STRUCTURED: frozenset[str] = frozenset(KINDS) - {"weight", "embedding", "layer"}
+
+
+def expand_granularity(granularity: str | Iterable[str]) -> frozenset[str]:
+    """Kinds named by a granularity.
+
+    Example:
+        >>> sorted(expand_granularity(["channel", "hidden"]))
+        ['channel', 'hidden']
+    """
+    names = [granularity] if isinstance(granularity, str) else list(granularity)
+    kinds: set[str] = set()
+    for name in names:
+        choose(name, [*KINDS, "structured"], "granularity")
+        kinds |= STRUCTURED if name == "structured" else {name}
+    return frozenset(kinds)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How much each unit matters: larger = keep.
+
+    Attributes:
+        graph: where the targets come from.
+        values: target name -> (n_units,) float32; `-inf` marks a unit that was removed
+            earlier: it takes part in no statistic and is never kept again.
+        criterion: name of the criterion, with its options.
+        notes: what a reader should know (a target scored sample by sample, ...).
+        n_samples: samples that were seen; 0 for data-free criteria.
+        not_scored: target name -> why this criterion says nothing about it.
+    """
+
+    graph: Graph
+    values: Mapping[str, Tensor]
+    criterion: str
+    notes: tuple[str, ...] = ()
+    n_samples: int = 0
+    not_scored: Mapping[str, str] = field(default_factory=dict)
+
+
+def _one_of(name: str, options: Mapping[str, Any]) -> str:
+    given = [key for key, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{name} needs exactly one of {', '.join(options)}; got {', '.join(given) or 'none'}"
+        )
+    return given[0]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may remain of the model, as a fraction of the dense one or as an absolute figure.
+
+    A float in (0, 1] is a fraction, an int or a text such as "120M" an absolute number.
+    Exactly one of the fields is given.
+
+    Args:
+        units: units (at weight granularity: weights) among the targets.
+        params: parameters of the whole model; at weight granularity, non-zero ones.
+        macs: multiply-adds for one sample.
+
+    Raises:
+        ConfigError: not exactly one field, or a figure out of range.
+
+    Example:
+        >>> Budget(macs=0.25)
+        Budget(units=None, params=None, macs=0.25)
+        >>> Budget(params="1.5M").amount
+        1500000
+        >>> Budget(macs=90.0)
+        Traceback (most recent call last):
+        secateurs.errors.ConfigError: Budget(macs=90.0): a float is the fraction that may \
+remain, in (0, 1]. Did you mean 0.9? (an absolute figure is an int or a text such as "120M")
+    """
+
+    units: float | int | str | None = None
+    params: float | int | str | None = None
+    macs: float | int | str | None = None
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        _one_of("Budget", self._fields())
+        _ = self.amount
+
+    def _fields(self) -> dict[str, Any]:
+        return {"units": self.units, "params": self.params, "macs": self.macs}
+
+    @property
+    def quantity(self) -> Literal["units", "params", "macs"]:
+        """Which figure is limited."""
+        return _one_of("Budget", self._fields())  # type: ignore[return-value]
+
+    @property
+    def amount(self) -> float | int:
+        """The limit: a float is a fraction of the dense model, an int is absolute."""
+        key = self.quantity
+        return _amount(f"Budget({key}={self._fields()[key]!r})", self._fields()[key])
+
+    def limit(self, dense: int) -> int:
+        """The absolute limit for a dense model with that many."""
+        return int(self.amount * dense) if isinstance(self.amount, float) else self.amount
+
+    def fraction(self, dense: int) -> float:
+        """The limit as a fraction of the dense model, at most 1."""
+        return self.amount if isinstance(self.amount, float) else min(1.0, self.amount / dense)
+
+
+_SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def _amount(where: str, value: float | int | str) -> float | int:
+    if isinstance(value, bool):
+        raise ConfigError(f"{where}: expected a number, got {value}")
+    if isinstance(value, str):
+        text = value.strip().upper()
+        factor = _SUFFIX.get(text[-1:], 1)
+        digits = text[:-1] if factor > 1 else text
+        try:
+            number = float(digits)
+        except ValueError:
+            raise ConfigError(
+                f'{where}: not a number; write for example "120M", 5000 or 0.5'
+            ) from None
+        if digits == text and 0 < number <= 1 and "." in digits:
+            return number
+        value = round(number * factor)
+    if isinstance(value, int):
+        if value < 1:
+            raise ConfigError(f"{where}: an absolute figure must be at least 1")
+        return value
+    if 0 < value <= 1:
+        return float(value)
+    near = value / 100 if 1 < value <= 100 else None
+    hint = f" Did you mean {near:g}?" if near else ""
+    raise ConfigError(
+        f"{where}: a float is the fraction that may remain, in (0, 1].{hint} "
+        f'(an absolute figure is an int or a text such as "120M")'
+    )
+
+
+THRESHOLD_PARAMETER: Mapping[str, str | None] = {
+    "value": "value",
+    "mean": None,
+    "k_std": "k",
+    "rate_mean": "rate",
+    "quantile": "q",
+}
+"""Threshold rule -> the parameter that it needs."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A rule that turns scores into a cut: units whose score is below it are removed.
+
+    Args:
+        rule: one of `THRESHOLD_PARAMETER`:
+            "value" (at `value`), "mean", "k_std" (mean + k standard deviations, k may be
+            negative), "rate_mean" (rate x mean; with criterion="gradient" this is
+            rate x mean |gradient|), "quantile" (the lowest fraction `q` goes).
+        value: for "value".
+        k: for "k_std".
+        rate: for "rate_mean".
+        q: for "quantile", in [0, 1).
+        scope: "target": one threshold per target; "global": one over all scores.
+
+    Raises:
+        ConfigError: unknown rule, or its parameter missing, out of range or of another rule.
+    """
+
+    rule: str
+    value: float | None = None
+    k: float | None = None
+    rate: float | None = None
+    q: float | None = None
+    scope: Literal["target", "global"] = "target"
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+            choose(self.rule, THRESHOLD_PARAMETER, "threshold rule")
+        choose(self.scope, ["target", "global"], "threshold scope")
+        wanted = THRESHOLD_PARAMETER[self.rule]
+        given = {n: v for n in ("value", "k", "rate", "q") if (v := getattr(self, n)) is not None}
+        if wanted is not None and wanted not in given:
+            raise ConfigError(f"Threshold({self.rule!r}) needs {wanted}=, got none")
+        extra = sorted(set(given) - {wanted})
+        if extra:
+            raise ConfigError(f"Threshold({self.rule!r}) takes no {', '.join(extra)}")
+        for name, number in given.items():
+            if not np.isfinite(number):
+                raise ConfigError(f"Threshold({self.rule!r}, {name}={number}): must be finite")
+        if self.q is not None and not 0 <= self.q < 1:
+            hint = f" Did you mean {self.q / 100:g}?" if 1 <= self.q < 100 else ""
+            raise ConfigError(f"Threshold('quantile', q={self.q}): q must be in [0, 1).{hint}")
+        if self.rate is not None and self.rate < 0:
+            raise ConfigError(f"Threshold('rate_mean', rate={self.rate}): must be at least 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Units KEPT per target, what was asked, and what that leaves.
+
+    Attributes:
+        kept: target name -> units kept.
+        asked: the budget or threshold.
+        realised: remaining fraction of the dense model for "units", "params" and "macs".
+        thresholds: target name -> score below which units go (for plots and messages).
+    """
+
+    kept: Mapping[str, int]
+    asked: Budget | Threshold
+    realised: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is removed: for people (units, reasons), for structure (kept), for training (masks).
+
+    Attributes:
+        kept: tensor name -> {dim: (n,) int64 kept positions, ascending}; only dims that lose some.
+        masks: tensor name -> bool tensor of the dense shape, True = keep; covers removed weights
+            and everything that belongs to removed units.
+        removed: target name -> (n,) int64 removed units, ascending.
+        shapes: tensor name -> dense shape of every tensor in `kept` or `masks`.
+        granularity: kinds that were pruned.
+        reasons: target name -> one sentence: criterion, threshold or budget, how many.
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+    masks: Mapping[str, Tensor]
+    removed: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    granularity: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n_removed(self) -> int:
+        """Units removed in all."""
+        return sum(len(v) for v in self.removed.values())
+
+    @property
+    def structural(self) -> bool:
+        """Whether something is physically removed (else only masked)."""
+        return bool(self.kept)
