@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -335,7 +335,7 @@ remain, in (0, 1]. Did you mean 0.9? (an absolute figure is an int or a text suc
     params: float | int | str | None = None
     macs: float | int | str | None = None
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         _one_of("Budget", self._fields())
@@ -433,10 +433,10 @@ class Threshold:
     q: float | None = None
     scope: Literal["target", "global"] = "target"
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-            choose(self.rule, THRESHOLD_PARAMETER, "threshold rule")
+        choose(self.rule, THRESHOLD_PARAMETER, "threshold rule")
         choose(self.scope, ["target", "global"], "threshold scope")
         wanted = THRESHOLD_PARAMETER[self.rule]
         given = {n: v for n in ("value", "k", "rate", "q") if (v := getattr(self, n)) is not None}
