@@ -15,6 +15,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FileFormatError",
+    "MissingDependencyError",
     "PruningError",
     "ScoringError",
     "SoundnessError",
