@@ -1,1 +1,79 @@
-"""secateurs: gradient-based pruning for PyTorch models."""
+"""secateurs: gradient-based pruning for PyTorch models.
+
+    model, example_inputs -- trace    -> Graph    what can be pruned, and what cannot and why
+    model, batches, loss  -- score    -> Scores   how much every unit matters
+    Scores, Budget        -- allocate -> Counts   how many units each target keeps
+    Scores, Counts        -- select   -> Plan     which ones, as indices and masks
+    model, optimizer      -- hold_masks, finetune -> the masked model heals
+    model, Plan           -- shrink   -> a smaller model, verified equal to the masked one
+    before, after         -- measure, diagnose, report
+
+`prune` is the composition of these. Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateurs.allocation import allocate as allocate
+    from secateurs.diagnose import diagnose as diagnose
+    from secateurs.errors import PruningError as PruningError
+    from secateurs.finetune import Finetune as Finetune
+    from secateurs.finetune import finetune as finetune
+    from secateurs.graph import trace as trace
+    from secateurs.masks import apply_masks_ as apply_masks_
+    from secateurs.masks import bake_masks_ as bake_masks_
+    from secateurs.masks import hold_masks as hold_masks
+    from secateurs.measure import measure as measure
+    from secateurs.pipeline import prune as prune
+    from secateurs.schedules import Schedule as Schedule
+    from secateurs.scoring import score as score
+    from secateurs.selection import select as select
+    from secateurs.surgery import load as load
+    from secateurs.surgery import save as save
+    from secateurs.surgery import shrink as shrink
+    from secateurs.surgery import slice_masks as slice_masks
+    from secateurs.surgery import verify as verify
+    from secateurs.types import Budget as Budget
+    from secateurs.types import Threshold as Threshold
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "allocate": "allocation",
+    "diagnose": "diagnose",
+    "PruningError": "errors",
+    "Finetune": "finetune",
+    "finetune": "finetune",
+    "trace": "graph",
+    "apply_masks_": "masks",
+    "bake_masks_": "masks",
+    "hold_masks": "masks",
+    "measure": "measure",
+    "prune": "pipeline",
+    "Schedule": "schedules",
+    "score": "scoring",
+    "select": "selection",
+    "load": "surgery",
+    "save": "surgery",
+    "shrink": "surgery",
+    "slice_masks": "surgery",
+    "verify": "surgery",
+    "Budget": "types",
+    "Threshold": "types",
+}
+__all__ = sorted([*_ROOMS, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'secateurs' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"secateurs.{_ROOMS[name]}"), name)
+    globals()[name] = value  # also when a room has the same name as its verb
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

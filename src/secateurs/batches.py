@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -150,9 +151,16 @@ def check_batches(model: nn.Module, batches: Batches, loss_fn: LossFn | None) ->
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every module in train or eval mode; restore each module's own mode at the end."""
+    """Put every module in train or eval mode; restore each module's own mode at the end.
+
+    A graph exported by torch.export has no modes: it stays as it was exported.
+    """
     before = [(m, m.training) for m in model.modules()]
-    model.train(training)
+    try:
+        model.train(training)
+    except NotImplementedError:
+        if not isinstance(model, torch.fx.GraphModule):
+            raise
     try:
         yield
     finally:

@@ -123,6 +123,8 @@ def _move(labels: Labels, record: Record) -> None:
             labels.pin(factor.labels, "it is sliced with a step", record.where)
             continue
         spread = _spread(factor, shape)
+        if record.op in ("view", "_unsafe_view"):
+            spread = spread.contiguous()  # views refuse some strides that the real tensor hasn't
         args = [spread if a == source else a for a in record.args]
         moved = record.fn(*args, **record.kwargs)
         for factors, out, result in zip(

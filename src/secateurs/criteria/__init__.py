@@ -1,0 +1,34 @@
+"""Criteria: what makes a weight or unit matter. One file per family, one function per criterion.
+
+    fn(stats) -> contribution      the predicted increase of the loss when it is removed
+
+`taylor` is the usual choice; `random` is the control that belongs beside every result. To add one:
+write the function, decorate it with `criterion`, add a row to the law tests.
+"""
+
+from __future__ import annotations
+
+# Importing a family registers its criteria.
+from secateurs.criteria import activation, control, directional, gradient, weight
+from secateurs.criteria.registry import (
+    CRITERIA,
+    FINISH,
+    STATISTICS,
+    Criterion,
+    criterion,
+    get_criterion,
+)
+
+__all__ = [
+    "CRITERIA",
+    "FINISH",
+    "STATISTICS",
+    "Criterion",
+    "activation",
+    "control",
+    "criterion",
+    "directional",
+    "get_criterion",
+    "gradient",
+    "weight",
+]

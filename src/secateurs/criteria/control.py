@@ -1,0 +1,20 @@
+"""Controls: what a criterion must beat before it is believed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from secateurs.criteria.registry import Stats, criterion
+
+
+@criterion(
+    "random",
+    needs={"noise"},
+    family="control",
+    options={"seed": 0},
+    formula="uniform noise in [0, 1)",
+    reference="control asked for by Blalock et al., 2020, arXiv:2003.03033",
+)
+def random(stats: Stats) -> Tensor:
+    """Seeded noise: the control that belongs beside every result."""
+    return stats["noise"]

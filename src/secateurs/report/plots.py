@@ -1,0 +1,373 @@
+"""Plots of a report as inline SVG. Each takes its data, then `key=` and `label=`, and returns text.
+
+`key` makes the ids of one plot differ from those of every other on the page, `label` is read out
+in place of the picture. Colours are named by role and resolved by the page's style sheet, so that
+light, dark and print need no second drawing. No pyplot: nothing global is left behind.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from secateurs.report.data import ControlRow, DiagnosisRow, Histogram, StepRow
+from secateurs.report.words import finite, number, remaining_words, shorten
+
+__all__ = [
+    "control_plot",
+    "gradient_plot",
+    "schedule_plot",
+    "score_plot",
+    "weight_plot",
+]
+
+# Drawn in colours that nothing else uses; the style sheet gives each role its real one.
+_ROLES = {
+    "ink": "#010203",
+    "muted": "#040506",
+    "grid": "#070809",
+    "kept": "#0a0b0c",
+    "removed": "#0d0e0f",
+    "flag": "#101112",
+    "card": "#131415",
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "secateurs",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+}
+_plain = style.context(["default", _STYLE])
+"""Decorates every plot: the user's own matplotlib settings neither reach it nor are changed."""
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+
+
+def _axes(figure: Figure, size: float = 12) -> Axes:
+    """One plain panel: a faint grid, no box, text in the ink of the page."""
+    axes: Axes = figure.add_subplot()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_ROLES["muted"])
+    axes.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    axes.tick_params(
+        colors=_ROLES["muted"], labelcolor=_ROLES["ink"], labelsize=size, length=3, which="both"
+    )
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _svg(figure: Figure, key: str, label: str, titles: Mapping[str, str] | None = None) -> str:
+    """The figure as an inline SVG element, with ids of its own and no drawing of its text."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        # a name may use characters that the measuring font lacks: the browser has others
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator"), None))
+    text = buffer.getvalue()
+    view = re.search(r'viewBox="([^"]+)"', text)
+    assert view is not None
+    body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r"\s+", " ", body.replace("xlink:href", "href"))
+    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    for role, colour in _ROLES.items():
+        body = body.replace(colour, f"var(--{role})")
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body)) | set(titles or {})
+    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", body)
+    body = re.sub(r"(url\(|href=\")#", rf"\1#{key}-", body)
+    for name, title in (titles or {}).items():
+        tag = f'<g id="{key}-{name}">'
+        body = body.replace(tag, f"{tag}<title>{escape(title)}</title>")
+    body = re.sub(r"<[^>]*>", _round_tag, body).replace("> <", "><")
+    return (
+        f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(label)}">'
+        f"<title>{escape(label)}</title>{body.strip()}</svg>"
+    )
+
+
+def _round_tag(tag: re.Match[str]) -> str:
+    """A tag with its coordinates rounded to hundredths; the text between tags is left alone."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag[0])
+
+
+def _ticks(value: float, _position: int | None = None) -> str:
+    return number(float(f"{value:.6g}"))
+
+
+def _power(value: float, _position: int | None = None) -> str:
+    """A tick of a logarithmic axis: 10 to a power in plain characters."""
+    exponent = round(math.log10(value)) if value > 0 else 0
+    if -1 <= exponent <= 2:
+        return f"{10.0**exponent:g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+@_plain
+def schedule_plot(
+    steps: Sequence[StepRow],
+    *,
+    quantity: Literal["macs", "params", "units"],
+    metric: str,
+    dense: float | None,
+    key: str,
+    label: str,
+) -> str:
+    """Metric against what remains: hollow right after each cut, filled when healed."""
+    figure = _figure(400, 280)
+    axes = _axes(figure)
+    path: list[tuple[float, float]] = [(100.0, dense)] if finite(dense) else []
+    cut: list[tuple[float, float]] = []
+    healed: list[tuple[float, float]] = []
+    for step in steps:
+        remaining = step.remaining.get(quantity)
+        if not finite(remaining):
+            continue
+        for value, points in ((step.metric_masked, cut), (step.metric_healed, healed)):
+            if finite(value):
+                points.append((100 * remaining, value))
+                path.append(points[-1])
+    if finite(dense):
+        axes.axhline(dense, color=_ROLES["muted"], linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(
+            "dense",
+            (0, dense),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 3),
+            textcoords="offset points",
+            color=_ROLES["ink"],
+            fontsize=11,
+        )
+    if path:
+        axes.plot(*zip(*path, strict=True), color=_ROLES["muted"], linewidth=0.8)
+    if cut:
+        x, y = zip(*cut, strict=True)
+        axes.plot(
+            x,
+            y,
+            "o",
+            markersize=8,
+            color=_ROLES["flag"],
+            markerfacecolor=_ROLES["card"],
+            markeredgewidth=2,
+            label="right after the cut",
+        )
+    if healed:
+        axes.plot(
+            *zip(*healed, strict=True),
+            "o-",
+            markersize=8,
+            linewidth=2,
+            color=_ROLES["kept"],
+            label="after fine-tuning",
+        )
+    axes.set_xlim(104, 0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_ticks))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.margins(y=0.1)
+    axes.grid(axis="y", color=_ROLES["grid"], linewidth=1)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(
+        f"{remaining_words(quantity)} remaining (pruning goes to the right)",
+        color=_ROLES["ink"],
+        fontsize=12,
+    )
+    axes.set_ylabel(shorten(metric, 30), color=_ROLES["ink"], fontsize=12)
+    if cut or healed:
+        figure.legend(
+            loc="outside upper left",
+            ncols=2,
+            frameon=False,
+            fontsize=12,
+            labelcolor=_ROLES["ink"],
+            handletextpad=0.4,
+        )
+    return _svg(figure, key, label)
+
+
+@_plain
+def control_plot(rows: Sequence[ControlRow], *, metric: str, key: str, label: str) -> str:
+    """Mean and standard error of the method and its controls, one below the other."""
+    shown = [r for r in rows if finite(r.mean)]
+    figure = _figure(400, 62 + 30 * len(shown))
+    axes = _axes(figure)
+    for i, row in enumerate(shown):
+        mean = row.mean or 0.0
+        colour = _ROLES["kept" if row.role == "method" else "muted"]
+        error = row.standard_error if finite(row.standard_error) else 0.0
+        axes.plot([mean - error, mean + error], [i, i], color=colour, linewidth=3)
+        axes.plot([mean], [i], "o" if row.role == "method" else "s", color=colour, markersize=8)
+    titles = _names(axes, [r.name for r in shown], 18)
+    axes.grid(axis="x", color=_ROLES["grid"], linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(_ticks))
+    axes.set_xlabel(
+        f"{shorten(metric, 22)}, mean ± standard error", color=_ROLES["ink"], fontsize=12
+    )
+    return _svg(figure, key, label, titles)
+
+
+def _names(axes: Axes, names: Sequence[str], width: int) -> dict[str, str]:
+    """Write shortened names at 0, 1, ... downwards; return element ids with the full names."""
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
+    axes.set_yticklabels([shorten(name, width) for name in names])
+    axes.tick_params(axis="y", length=0, labelsize=11)
+    titles: dict[str, str] = {}
+    for i, tick in enumerate(axes.get_yticklabels()):
+        tick.set_gid(f"name{i}")
+        titles[f"name{i}"] = names[i]
+    return titles
+
+
+def _positive(rows: Mapping[str, DiagnosisRow], layer: str) -> float | None:
+    value = rows[layer].gradient_norm if layer in rows else None
+    return value if finite(value) and value > 0 else None
+
+
+@_plain
+def gradient_plot(
+    before: Sequence[DiagnosisRow], after: Sequence[DiagnosisRow], *, key: str, label: str
+) -> str:
+    """Gradient norm of each layer before (hollow) and after (filled), flagged layers marked."""
+    first, last = {r.layer: r for r in before}, {r.layer: r for r in after}
+    layers = list(dict.fromkeys([*first, *last]))
+    figure = _figure(400, 80 + 22 * len(layers))
+    axes = _axes(figure)
+    axes.set_xscale("log")
+    spots: dict[str, tuple[list[float], list[int]]] = {"before": ([], []), "after": ([], [])}
+    for i, layer in enumerate(layers):
+        pair = {"before": _positive(first, layer), "after": _positive(last, layer)}
+        known = [v for v in pair.values() if v is not None]
+        if len(known) == 2:
+            axes.plot(known, [i, i], color=_ROLES["muted"], linewidth=1.2, zorder=1)
+        for when, value in pair.items():
+            if value is not None:
+                spots[when][0].append(value)
+                spots[when][1].append(i)
+        row = last.get(layer) or first[layer]
+        words = [row.flag] if row.flagged else []
+        if row.gradient_norm == 0:
+            words.append("gradient is zero")
+        elif layer in last and not finite(row.gradient_norm):
+            words.append("not available")
+        if words:
+            axes.annotate(
+                f"⚑ {shorten(', '.join(words), 20)}",
+                (1, i),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=_ROLES["flag"],
+                fontsize=12,
+                fontweight="bold",
+            )
+    axes.plot(
+        *spots["before"],
+        "o",
+        markersize=8,
+        color=_ROLES["muted"],
+        markerfacecolor=_ROLES["card"],
+        markeredgewidth=2,
+        label="before",
+    )
+    axes.plot(*spots["after"], "o", markersize=7, color=_ROLES["kept"], label="after")
+    titles = _names(axes, layers, 23)
+    _log_axis(axes, [v for x, _ in spots.values() for v in x], 5)
+    axes.grid(axis="x", color=_ROLES["grid"], linewidth=1)
+    axes.set_xlabel("gradient norm (logarithmic)", color=_ROLES["ink"], fontsize=12)
+    figure.legend(
+        loc="outside upper left",
+        ncols=2,
+        frameon=False,
+        fontsize=12,
+        labelcolor=_ROLES["ink"],
+        handletextpad=0.2,
+    )
+    return _svg(figure, key, label, titles)
+
+
+def _log_axis(axes: Axes, values: Sequence[float], n_ticks: int) -> None:
+    """Limits around the values that hold at least two powers of ten, and plain tick texts."""
+    low, high = (min(values), max(values)) if values else (0.1, 1.0)
+    low, high = math.log10(low) - 0.15, math.log10(high) + 0.15
+    if math.floor(high) - math.ceil(low) < 1:
+        low, high = min(low, math.floor(low) - 0.05), max(high, math.ceil(high) + 0.05)
+    axes.set_xlim(10**low, 10**high)
+    axes.xaxis.set_major_locator(LogLocator(numticks=n_ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(_power))
+
+
+def _panel() -> tuple[Figure, Axes]:
+    figure = _figure(260, 130)
+    axes = _axes(figure)
+    axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", color=_ROLES["grid"], linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(_ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(_ticks))
+    return figure, axes
+
+
+@_plain
+def score_plot(histogram: Histogram, threshold: float | None, *, key: str, label: str) -> str:
+    """Scores of one target: what is below the threshold in grey, the rest in colour."""
+    figure, axes = _panel()
+    edges, counts = np.array(histogram.edges), np.array(histogram.counts)
+    log = histogram.scale == "log"
+    if log:
+        axes.set_xscale("log")
+    inside = finite(threshold) and (threshold > 0 or not log)
+    limit = threshold if inside and threshold is not None else -math.inf
+    centres = np.sqrt(edges[:-1] * edges[1:]) if log else (edges[:-1] + edges[1:]) / 2
+    for role, chosen in (("removed", centres < limit), ("kept", centres >= limit)):
+        if (counts * chosen).any():
+            axes.stairs(counts * chosen, edges, fill=True, color=_ROLES[role], linewidth=0)
+    low, high = float(edges[0]), float(edges[-1])
+    if inside and threshold is not None:
+        axes.axvline(threshold, color=_ROLES["flag"], linewidth=2, linestyle=(0, (4, 2)))
+        low, high = min(low, threshold), max(high, threshold)
+    if log:
+        _log_axis(axes, [low, high], 4)
+    else:
+        axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    axes.set_ylim(bottom=0)
+    return _svg(figure, key, label)
+
+
+@_plain
+def weight_plot(before: Histogram | None, after: Histogram | None, *, key: str, label: str) -> str:
+    """Non-zero weights per unit of weight: before as a grey area, after as a line."""
+    figure, axes = _panel()
+    for histogram, fill in ((before, True), (after, False)):
+        if histogram is None or not histogram.counts:
+            continue
+        edges = np.array(histogram.edges)
+        density = np.array(histogram.counts) / np.diff(edges)
+        if fill:
+            axes.stairs(density, edges, fill=True, color=_ROLES["removed"], linewidth=0)
+        else:
+            axes.stairs(density, edges, color=_ROLES["kept"], linewidth=1.8)
+    axes.yaxis.set_major_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+    return _svg(figure, key, label)

@@ -1,0 +1,175 @@
+"""From scores and counts to a plan: which units go, and what that means for every tensor.
+
+    Scores, Counts -> Plan     kept positions (structure), masks (both levels), reasons
+
+Each target keeps its `count` best units; of equal scores the unit with the smaller index stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from secateurs.errors import ConfigError, ScoringError, choose
+from secateurs.types import Budget, Counts, Graph, GroupTarget, IntArray, Plan, Scores, Threshold
+
+__all__ = ["order_of", "select"]
+
+
+def order_of(values: Tensor) -> Tensor:
+    """(n_units,) int64 units from best to worst; equal scores by ascending index.
+
+    Example:
+        >>> order_of(torch.tensor([1.0, 3.0, 1.0])).tolist()
+        [1, 0, 2]
+    """
+    return torch.sort(values, descending=True, stable=True).indices
+
+
+def select(scores: Scores, counts: Counts, *, previous: Plan | None = None) -> Plan:
+    """The plan that keeps the best `counts.kept[target]` units of each target.
+
+    Args:
+        scores: larger = keep.
+        counts: units to keep; targets that it does not name keep all that they have.
+        previous: what was removed earlier stays removed, and is part of the new plan.
+
+    Returns:
+        A `Plan` of everything that is removed, earlier removals included.
+
+    Raises:
+        ConfigError: an unknown target, a count below 1, or more than is left.
+        ScoringError: a score is not a number.
+    """
+    graph = scores.graph
+    removed = dict(previous.removed) if previous is not None else {}
+    reasons = dict(previous.reasons) if previous is not None else {}
+    for name, count in counts.kept.items():
+        choose(name, scores.values, "scored target")
+        values = scores.values[name].reshape(-1).clone()
+        if torch.isnan(values).any():
+            raise ScoringError(f"{name}: a score is not a number; score the target again")
+        if previous is not None and name in previous.removed:
+            values[previous.removed[name]] = float("-inf")
+        left = int((values > float("-inf")).sum())
+        if not 1 <= count <= left:
+            raise ConfigError(
+                f"{name} has {left} of {len(values)} units left, it cannot keep {count}. "
+                f"Ask for 1 to {left}"
+            )
+        gone = order_of(values)[count:].sort().values
+        if len(gone):
+            removed[name] = gone
+            reasons[name] = _reason(scores, counts, name, len(gone), len(values))
+    masks, shapes = _masks(graph, removed)
+    kept = _kept(graph, removed, shapes)
+    if previous is not None:
+        masks, shapes, kept = _join(previous, masks, shapes, kept)
+    kinds: set[str] = {graph.targets[name].kind for name in removed if name in graph.targets}
+    kinds |= set(previous.granularity if previous is not None else ())
+    return Plan(kept, masks, removed, shapes, tuple(sorted(kinds)), reasons)
+
+
+def _reason(scores: Scores, counts: Counts, name: str, n_gone: int, n: int) -> str:
+    asked = counts.asked
+    if isinstance(asked, Budget):
+        what = f"budget {asked.quantity}={getattr(asked, asked.quantity)}"
+    else:
+        what = f"threshold {_threshold_text(asked)}"
+    below = counts.thresholds.get(name)
+    limit = "" if below is None else f"; kept from a score of {below:.6g}"
+    return (
+        f"{n_gone} of {n} {scores.graph.targets[name].kind} units removed by criterion "
+        f"{scores.criterion}, {what}{limit}"
+    )
+
+
+def _threshold_text(asked: Threshold) -> str:
+    given = {k: getattr(asked, k) for k in ("value", "k", "rate", "q")}
+    inner = ", ".join(f"{k}={v:g}" for k, v in given.items() if v is not None)
+    return (
+        f"{asked.rule}({inner}) per {asked.scope}"
+        if asked.scope == "target"
+        else (f"{asked.rule}({inner}) over all targets")
+    )
+
+
+def _masks(
+    graph: Graph, removed: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Masks of the dense shape, and those shapes, for everything that removed units touch."""
+    dense: Mapping[str, tuple[int, ...]] = getattr(graph.detail, "shapes", {})
+    masks: dict[str, Tensor] = {}
+    for name, gone in removed.items():
+        target = graph.targets.get(name)
+        if target is None:
+            continue  # of an earlier plan for another graph: its masks are joined as they are
+        if not isinstance(target, GroupTarget):
+            mask = masks.setdefault(name, torch.ones(target.shape, dtype=torch.bool))
+            mask.view(-1)[gone] = False
+            continue
+        lost = torch.zeros(target.n_units, dtype=torch.bool)
+        lost[gone] = True
+        for member in target.members:
+            if member.tensor not in dense:
+                raise ConfigError(
+                    f"the graph does not know the shape of {member.tensor}; use a graph from trace"
+                )
+            rows = _positions(member.index, member.unit, lost)
+            if len(rows):
+                shape = tuple(dense[member.tensor])
+                mask = masks.setdefault(member.tensor, torch.ones(shape, dtype=torch.bool))
+                mask.index_fill_(member.dim, rows, False)
+    return masks, {name: tuple(mask.shape) for name, mask in masks.items()}
+
+
+def _positions(index: IntArray, unit: IntArray, lost: Tensor) -> Tensor:
+    """Positions along the member's dimension that belong to lost units."""
+    return torch.from_numpy(index[lost.numpy()[unit]])
+
+
+def _kept(
+    graph: Graph, removed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[int, Tensor]]:
+    """Positions that remain along every dimension that loses some."""
+    lines: dict[str, dict[int, Tensor]] = {}
+    for name, gone in removed.items():
+        target = graph.targets.get(name)
+        if not isinstance(target, GroupTarget):
+            continue
+        lost = torch.zeros(target.n_units, dtype=torch.bool)
+        lost[gone] = True
+        for member in target.members:
+            rows = _positions(member.index, member.unit, lost)
+            if len(rows):
+                size = shapes[member.tensor][member.dim]
+                dims = lines.setdefault(member.tensor, {})
+                dims.setdefault(member.dim, torch.ones(size, dtype=torch.bool))[rows] = False
+    return {
+        name: {dim: line.nonzero().reshape(-1) for dim, line in sorted(dims.items())}
+        for name, dims in lines.items()
+    }
+
+
+def _join(
+    previous: Plan,
+    masks: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    kept: dict[str, dict[int, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], dict[str, dict[int, Tensor]]]:
+    """Add what an earlier plan removed."""
+    masks = dict(masks)
+    for name, mask in previous.masks.items():
+        masks[name] = masks[name] & mask if name in masks else mask.clone()
+    shapes = {**previous.shapes, **shapes}
+    for name, dims in previous.kept.items():
+        mine = kept.setdefault(name, {})
+        for dim, rows in dims.items():
+            if dim in mine:
+                both = mine[dim][torch.isin(mine[dim], rows)]
+                mine[dim] = both
+            else:
+                mine[dim] = rows.clone()
+    return masks, shapes, kept

@@ -1,0 +1,220 @@
+"""Per-sample gate gradients from one backward pass of a whole batch.
+
+A gate is a factor of one on the activation of a unit. Each hooked activation `a` of shape
+(n, ..., size, ...) is replaced by `a * m` with `m` ones of shape (n, 1, size, 1): the gradient of
+`m` is then, for each sample, the sum over positions of activation x output-gradient. It needs no
+weight gradients, and in-place operations that follow cannot spoil it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from secateurs.batches import batch_size, call_model
+from secateurs.errors import ScoringError
+from secateurs.statistics.units import Parameters, members_of, one_sample, removal_role
+from secateurs.types import Batch, GroupTarget, Inputs, Role, Site
+
+__all__ = ["Gates", "probe_gates", "site_values"]
+
+Key = tuple[str, int, str, int, int]
+"""(module, call, side, position, dim): sites of several targets may share one gate."""
+
+
+def key_of(site: Site) -> Key:
+    """What two sites must share to be the same place."""
+    return site.module, site.call, site.side, site.position, site.dim
+
+
+@contextmanager
+def site_values(model: nn.Module, sites: Sequence[Site], visit: Any) -> Iterator[dict[str, int]]:
+    """Call `visit(key, tensor)` at each distinct site of every run; its result replaces the tensor.
+
+    Yields the calls of each module, to be cleared before each run. Hooks are gone at the end.
+    """
+    keys: dict[str, list[Key]] = {}
+    for key in dict.fromkeys(key_of(site) for site in sites):
+        keys.setdefault(key[0], []).append(key)
+    calls: dict[str, int] = {}
+
+    def before(path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            calls[path] = calls.get(path, -1) + 1
+            changed = list(args)
+            for key in keys[path]:
+                if key[2] == "input" and key[1] == calls[path] and key[3] < len(changed):
+                    changed[key[3]] = visit(key, changed[key[3]])
+            return tuple(changed)
+
+        return hook
+
+    def after(path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            wanted = [k for k in keys[path] if k[2] == "output" and k[1] == calls[path]]
+            if not wanted:
+                return output
+            leaves, spec = pytree.tree_flatten(output)
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            for key in wanted:
+                leaves[places[key[3]]] = visit(key, leaves[places[key[3]]])
+            return pytree.tree_unflatten(leaves, spec)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in keys:
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(before(path)).remove)
+            stack.callback(module.register_forward_hook(after(path)).remove)
+        yield calls
+
+
+class Gates:
+    """Per-sample gradients of a gate on every unit of some targets."""
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]]) -> None:
+        self._model = model
+        self._sites = sites
+        self._gates: dict[Key, Tensor] = {}
+        self._n = 0
+
+    @contextmanager
+    def running(self, n: int) -> Iterator[None]:
+        """Hook the model for one forward pass of `n` samples."""
+        self._gates, self._n = {}, n
+        every = [site for sites in self._sites.values() for site in sites]
+        with site_values(self._model, every, self._multiply):
+            yield
+
+    def _multiply(self, key: Key, value: Tensor) -> Tensor:
+        if value.shape[0] != self._n:
+            raise ScoringError(
+                f"{key[0]}: {key[2]} of shape {tuple(value.shape)} does not begin with the "
+                f"{self._n} samples of the batch, though it did in the first batch. Give batches "
+                "of one size"
+            )
+        shape = [1] * value.dim()
+        shape[0], shape[key[4]] = self._n, value.shape[key[4]]
+        gate = torch.ones(shape, dtype=value.dtype, device=value.device, requires_grad=True)
+        self._gates[key] = gate
+        return value * gate
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The gates of the last run, in the order in which `per_sample` wants the gradients."""
+        return list(self._gates.values())
+
+    def per_sample(self, target: GroupTarget, grads: Sequence[Tensor | None]) -> Tensor:
+        """dL_i/dgate of each sample i and unit: (n, n_units) float64 on the CPU.
+
+        Args:
+            target: one of the targets.
+            grads: gradient of the *mean* loss for each of `leaves`; None where none arrives.
+        """
+        by_key = dict(zip(self._gates, grads, strict=True))
+        out = torch.zeros(self._n, target.n_units, dtype=torch.float64)
+        for site in self._sites[target.name]:
+            grad = by_key[key_of(site)]
+            if grad is None:
+                continue
+            rows = grad.detach().reshape(self._n, -1).double().cpu() * self._n  # (n, size)
+            unit = torch.from_numpy(np.ascontiguousarray(site.unit))
+            index = torch.from_numpy(np.ascontiguousarray(site.index))
+            out.index_add_(1, unit, rows[:, index])
+        return out
+
+
+def probe_gates(
+    model: nn.Module,
+    batch: Batch,
+    targets: Sequence[GroupTarget],
+    which: str,
+    params: Parameters,
+) -> tuple[dict[str, tuple[Site, ...]], dict[str, str]]:
+    """Which targets the fast path covers exactly, and why the others must go sample by sample.
+
+    A target is covered when every member that counts has an exact site, the site's module is
+    called as often as there are sites, and its tensor begins with the samples of the batch
+    (checked with the whole batch and with one sample).
+
+    Returns:
+        (target name -> its sites, target name -> reason).
+    """
+    sites: dict[str, tuple[Site, ...]] = {}
+    slow: dict[str, str] = {}
+    for target in targets:
+        found, reason = _exact_sites(target, which, params)
+        if reason:
+            slow[target.name] = reason
+        else:
+            sites[target.name] = found
+    n = batch_size(batch[0])
+    runs: list[tuple[Inputs, int]] = [(batch[0], n)]
+    if n > 1:
+        runs.append((one_sample((batch[0], None), 0, n)[0], 1))
+    for inputs, size in runs:
+        shapes, calls = _observe(model, inputs, [s for group in sites.values() for s in group])
+        for name, group in list(sites.items()):
+            reason = _unseen(group, shapes, calls, size)
+            if reason:
+                slow[name] = reason
+                del sites[name]
+    return sites, slow
+
+
+def _exact_sites(
+    target: GroupTarget, which: str, params: Parameters
+) -> tuple[tuple[Site, ...], str]:
+    """The sites that stand for the chosen members, or the reason why there are none."""
+    roles: Mapping[str, Role] = {"removal": removal_role(target), "consumers": "consumer"}
+    if which not in roles:
+        return (), f"members={which!r} has no activation site"
+    sites = tuple(s for s in target.sites if s.role == roles[which])
+    if not sites:
+        return (), f"no {roles[which]} activation can be seen from outside"
+    inexact = next((s.module for s in sites if not s.gate_exact), None)
+    if inexact is not None:
+        return (), f"the units of {inexact} also act on themselves inside it"
+    for member in members_of(target, which, params):
+        home = member.tensor.rpartition(".")[0]
+        if not any(s.module == home for s in sites):
+            return (), f"no activation can be seen for {member.tensor}"
+    return sites, ""
+
+
+def _observe(
+    model: nn.Module, inputs: Inputs, sites: Sequence[Site]
+) -> tuple[dict[Key, tuple[int, ...]], dict[str, int]]:
+    """Shape of the tensor at each site, and the last call number of each module."""
+    shapes: dict[Key, tuple[int, ...]] = {}
+
+    def look(key: Key, value: Tensor) -> Tensor:
+        shapes[key] = tuple(value.shape) if isinstance(value, Tensor) else ()
+        return value
+
+    with torch.no_grad(), site_values(model, sites, look) as calls:
+        call_model(model, inputs)
+    return shapes, dict(calls)
+
+
+def _unseen(
+    sites: Sequence[Site], shapes: Mapping[Key, tuple[int, ...]], calls: Mapping[str, int], n: int
+) -> str:
+    """Why these sites cannot be used, or an empty text."""
+    for site in sites:
+        shape = shapes.get(key_of(site))
+        if shape is None:
+            return f"{site.module} is not reached through its call"
+        if site.dim == 0 or not shape or shape[0] != n:
+            return f"the {site.side} of {site.module} does not begin with the samples"
+        known = {s.call for s in sites if s.module == site.module}
+        if known != set(range(calls[site.module] + 1)):
+            return f"{site.module} is called {calls[site.module] + 1} times"
+    return ""

@@ -1,0 +1,268 @@
+"""Portable files: a directory with `model.safetensors` and `plan.json`, no pickle anywhere.
+
+`plan.json` says what was removed from which dense shapes; the module form is rebuilt from the
+user's factory by slicing those tensors and setting the recorded sizes, without capturing anything.
+The graph form stores its operators in `graph.json` and needs no factory. Tensors with many zeros
+are stored as a bitmask and their values, which is what makes a sparse model smaller on disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateurs.errors import ConfigError, FileFormatError, SoundnessError
+from secateurs.masks import named_tensors
+from secateurs.surgery.graph_file import graph_from_dict, graph_to_dict
+from secateurs.surgery.graph_form import PrunedGraph
+from secateurs.surgery.shrinking import INFO, ShrinkInfo, info_of, slice_masks
+from secateurs.surgery.slicing import slice_module_
+from secateurs.surgery.storage import MASK, pack, pack_bits, read_tensors, unpack, unpack_bits
+from secateurs.surgery.verification import Verification
+from secateurs.types import Plan
+
+__all__ = ["load", "load_plan", "plan_from_dict", "plan_to_dict", "save"]
+
+FORMAT = 1
+MODEL, PLAN, GRAPH = "model.safetensors", "plan.json", "graph.json"
+
+
+def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = False) -> Path:
+    """Write a result of `shrink` and its plan to a directory.
+
+    Args:
+        small: from `shrink` (fine-tuned since, if you like).
+        plan: the plan it was made with.
+        directory: created; must be empty of earlier results unless `force`.
+        force: overwrite earlier results.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigError: the directory holds results already, or the model is no result of `shrink`.
+    """
+    info = info_of(small)
+    out = Path(directory)
+    if not force and any((out / name).exists() for name in (MODEL, PLAN)):
+        raise ConfigError(f"{out} already holds a pruned model; choose another or pass force=True")
+    out.mkdir(parents=True, exist_ok=True)
+    description = {
+        **plan_to_dict(plan),
+        "form": info.form,
+        "attributes": {k: dict(v) for k, v in info.attributes.items()},
+        "verification": info.verification.to_dict(),
+        "notes": list(info.notes),
+        "training": small.training,
+    }
+    if isinstance(small, PrunedGraph):
+        _write_text(out / GRAPH, json.dumps(graph_to_dict(small)))
+    stored = pack(small.state_dict())
+    for name, mask in plan.masks.items():
+        if not bool(mask.all()) and not plan.kept.get(name):
+            stored[name + MASK] = pack_bits(mask)
+    for name, mask in slice_masks(plan).items():
+        if plan.kept.get(name):
+            stored[name + MASK] = pack_bits(mask)
+    temporary = out / (MODEL + ".part")
+    save_file(stored, temporary)
+    temporary.replace(out / MODEL)
+    _write_text(out / PLAN, json.dumps(description, indent=1))
+    return out
+
+
+def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Rebuild a saved smaller model; its outputs are bit-identical to those of the saved one.
+
+    Args:
+        directory: written by `save`.
+        factory: builds the dense model's class with the original sizes (weights are ignored).
+            Not needed for the graph form.
+
+    Raises:
+        FileFormatError: a file is missing, truncated, of another version or inconsistent.
+        ConfigError: the module form was saved and no factory is given.
+        SoundnessError: the factory builds another architecture than the plan was made for.
+    """
+    path = Path(directory)
+    description = _read_json(path / PLAN)
+    plan = plan_from_dict(description, path / PLAN)
+    tensors = read_tensors(path / MODEL)
+    state = unpack(tensors, path / MODEL)
+    if description.get("form") == "graph":
+        model: nn.Module = graph_from_dict(_read_json(path / GRAPH), state, path / GRAPH)
+    else:
+        if factory is None:
+            raise ConfigError(
+                f"{path} holds the module form: pass factory=, a function that builds the dense "
+                "model, as in load(directory, MyNet)"
+            )
+        model = factory()
+        _check_architecture(model, plan)
+        slice_module_(model, plan.kept)
+        _set_attributes(model, description.get("attributes", {}), path / PLAN)
+    _fill(model, state, path / MODEL)
+    model.train(bool(description.get("training", False)))
+    setattr(model, INFO, _info(description))
+    return model
+
+
+def load_plan(directory: str | Path) -> Plan:
+    """The plan in a directory written by `save`, with its masks.
+
+    Raises:
+        FileFormatError: a file is missing, truncated or of another version.
+    """
+    path = Path(directory)
+    plan = plan_from_dict(_read_json(path / PLAN), path / PLAN)
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in plan.shapes.items()}
+    for key, bits in read_tensors(path / MODEL).items():
+        if key.endswith(MASK):
+            name = key[: -len(MASK)]
+            index = plan.kept.get(name, {})
+            small = [len(index[d]) if d in index else n for d, n in enumerate(plan.shapes[name])]
+            part = unpack_bits(bits, tuple(small))
+            masks[name] = _embed(part, plan.shapes[name], index)
+    for name, dims in plan.kept.items():
+        for dim, kept in dims.items():
+            inside = torch.zeros(plan.shapes[name][dim], dtype=torch.bool)
+            inside[kept] = True
+            view = [-1 if d == dim else 1 for d in range(len(plan.shapes[name]))]
+            masks[name] = masks[name] & inside.view(view)
+    return Plan(plan.kept, masks, plan.removed, plan.shapes, plan.granularity, plan.reasons)
+
+
+def _embed(part: Tensor, shape: tuple[int, ...], kept: Any) -> Tensor:
+    """A small mask back at its dense positions, removed positions False."""
+    full = torch.zeros(shape, dtype=torch.bool)
+    grids = torch.meshgrid(
+        *[kept[d] if d in kept else torch.arange(n) for d, n in enumerate(shape)], indexing="ij"
+    )
+    full[grids] = part
+    return full
+
+
+# -- the plan as JSON ----------------------------------------------------------------------
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """Everything of a plan but its weight masks, which are bits beside the weights."""
+    return {
+        "format": FORMAT,
+        "granularity": list(plan.granularity),
+        "kept": {
+            name: {str(dim): index.tolist() for dim, index in dims.items()}
+            for name, dims in plan.kept.items()
+        },
+        "removed": {
+            name: units.tolist() for name, units in plan.removed.items() if name not in plan.shapes
+        },
+        "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
+        "reasons": dict(plan.reasons),
+    }
+
+
+def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
+    """Read and check a plan; positions must be ascending, unique and inside the shapes.
+
+    Raises:
+        FileFormatError: something does not fit; the message names it.
+    """
+    if data.get("format") != FORMAT:
+        raise FileFormatError(
+            f"{path}: format {data.get('format')!r}; this version reads format {FORMAT}"
+        )
+    try:
+        shapes = {str(n): tuple(int(x) for x in s) for n, s in data["shapes"].items()}
+        kept = {
+            str(name): {
+                int(dim): torch.tensor(index, dtype=torch.int64) for dim, index in d.items()
+            }
+            for name, d in data["kept"].items()
+        }
+        removed = {str(n): torch.tensor(u, dtype=torch.int64) for n, u in data["removed"].items()}
+        granularity = tuple(str(g) for g in data["granularity"])
+        reasons = {str(k): str(v) for k, v in data["reasons"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{path}: not a plan: {error!r}") from error
+    for name, dims in kept.items():
+        for dim, index in dims.items():
+            shape = shapes.get(name, ())
+            inside = 0 <= dim < len(shape) and len(index) > 0
+            if not inside or index.min() < 0 or index.max() >= shape[dim]:
+                raise FileFormatError(f"{path}: positions of {name}, dim {dim}, outside {shape}")
+            if len(index) > 1 and not bool((index[1:] > index[:-1]).all()):
+                raise FileFormatError(f"{path}: positions of {name}, dim {dim}, not ascending")
+    return Plan(kept, {}, removed, shapes, granularity, reasons)
+
+
+def _info(description: dict[str, Any]) -> ShrinkInfo:
+    found = description.get("verification", {})
+    verification = Verification(
+        float(found.get("error") if found.get("error") is not None else "nan"),
+        float(found.get("tolerance", 0)),
+        str(found.get("dtype", "")),
+        bool(found.get("comparable", False)),
+        float(found.get("changed", 0)),
+    )
+    form: Literal["module", "graph"] = "graph" if description.get("form") == "graph" else "module"
+    attributes = description.get("attributes", {})
+    return ShrinkInfo(form, verification, attributes, tuple(description.get("notes", ())))
+
+
+# -- the model ---------------------------------------------------------------------------
+
+
+def _check_architecture(model: nn.Module, plan: Plan) -> None:
+    have = named_tensors(model)
+    wrong = [
+        f"{n}: saved {tuple(s)}, factory {tuple(have[n].shape) if n in have else 'none'}"
+        for n, s in plan.shapes.items()
+        if n not in have or tuple(have[n].shape) != tuple(s)
+    ]
+    if wrong:
+        raise SoundnessError(
+            "factory builds another architecture than the plan was made for:\n  "
+            + "\n  ".join(sorted(wrong))
+        )
+
+
+def _set_attributes(model: nn.Module, attributes: Any, path: Path) -> None:
+    modules = dict(model.named_modules())
+    for name, sizes in attributes.items():
+        for attribute, value in sizes.items():
+            known = name in modules and isinstance(getattr(modules[name], attribute, None), int)
+            if not known or not isinstance(value, int):
+                raise FileFormatError(f"{path}: attribute {name}.{attribute} = {value!r} unknown")
+            setattr(modules[name], attribute, value)
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise FileFormatError(f"{path}: weights do not fit the plan: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist; is this a directory written by save?")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise FileFormatError(f"{path} is truncated or no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise FileFormatError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,222 @@
+"""The graph form as JSON: a list of operator calls that can only name operators of ATen.
+
+Read without running anything: each entry is checked against an allow-list, so a hostile file can at
+worst describe another network.
+"""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from secateurs.errors import FileFormatError
+from secateurs.surgery.graph_form import PrunedGraph
+
+__all__ = ["graph_from_dict", "graph_to_dict"]
+
+PLAIN = {
+    f.__name__: f
+    for f in (
+        operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
+        operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le,
+        operator.gt, operator.ge, torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_not,
+    )
+}  # fmt: skip
+FORBIDDEN = {"from_file", "set_data", "_print", "record_stream", "resize_", "set_"}
+"""ATen operators that touch files or memory that is not theirs."""
+NAMED = {
+    **{f"dtype:{str(d)[6:]}": d for d in vars(torch).values() if isinstance(d, torch.dtype)},
+    **{f"layout:{k}": getattr(torch, k) for k in ("strided", "sparse_coo")},
+    **{
+        f"format:{str(f)[6:]}": f
+        for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
+    },
+}
+BY_VALUE = {(type(v), v): k for k, v in NAMED.items()}
+
+
+def graph_to_dict(model: PrunedGraph) -> dict[str, Any]:
+    """The graphs and the list of tensors of a graph form.
+
+    Raises:
+        FileFormatError: an operator or argument has no portable form.
+    """
+    tensors = {
+        name: {"parameter": isinstance(t, nn.Parameter), "requires_grad": t.requires_grad}
+        for name, t in {**dict(model.named_parameters(remove_duplicate=False)),
+                        **dict(model.named_buffers(remove_duplicate=False))}.items()
+    }  # fmt: skip
+    stored = set(model.state_dict())
+    constants = {
+        name: {"dtype": str(t.dtype)[6:], "shape": list(t.shape), "data": t.reshape(-1).tolist()}
+        for name, t in model.named_buffers(remove_duplicate=False)
+        if name not in stored
+    }
+    assert model._in_spec is not None and model._out_spec is not None
+    first = model.graphs["eval"]._codegen
+    assert isinstance(first, _PyTreeCodeGen)
+    return {
+        "format": 1,
+        "tensors": tensors,
+        "constants": constants,
+        "arguments": list(first.pytree_info.orig_args),
+        "in_spec": pytree.treespec_dumps(model._in_spec),
+        "out_spec": pytree.treespec_dumps(model._out_spec),
+        "graphs": {mode: _nodes(graph) for mode, graph in model.graphs.items()},
+    }
+
+
+def _nodes(graph: fx.Graph) -> list[dict[str, Any]]:
+    return [
+        {
+            "op": n.op,
+            "name": n.name,
+            "target": n.target if isinstance(n.target, str) else _target_name(n),
+            "args": [_encode(a) for a in n.args],
+            "kwargs": {k: _encode(v) for k, v in n.kwargs.items()},
+        }
+        for n in graph.nodes
+    ]
+
+
+def _target_name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
+        return str(node.target)
+    name = getattr(node.target, "__name__", "")
+    if PLAIN.get(name) is node.target:
+        return name
+    raise FileFormatError(f"operator {node.target} has no portable form; export the model instead")
+
+
+def _encode(x: Any) -> Any:
+    if x is None or isinstance(x, (bool, int, str)):
+        return x
+    if isinstance(x, float):
+        return {"float": repr(x)}
+    if isinstance(x, fx.Node):
+        return {"node": x.name}
+    if isinstance(x, list):
+        return [_encode(i) for i in x]
+    if isinstance(x, tuple):
+        return {"tuple": [_encode(i) for i in x]}
+    if isinstance(x, torch.device):
+        return {"device": str(x)}
+    if (type(x), x) in BY_VALUE:
+        return {"named": BY_VALUE[(type(x), x)]}
+    raise FileFormatError(f"argument {x!r} has no portable form; export the model instead")
+
+
+def graph_from_dict(data: dict[str, Any], state: dict[str, Tensor], path: Path) -> PrunedGraph:
+    """Rebuild a graph form; weights are filled in by the caller.
+
+    Args:
+        data: from `graph_to_dict`.
+        state: tensors by name, for their shapes and dtypes.
+        path: for messages.
+
+    Raises:
+        FileFormatError: unknown version, operator, tensor or argument.
+    """
+    try:
+        if data["format"] != 1:
+            raise FileFormatError(f"{path}: format {data['format']!r}; this version reads format 1")
+        tree = _tree(data, state)
+        specs = pytree.treespec_loads(data["in_spec"]), pytree.treespec_loads(data["out_spec"])
+        info = _PyTreeInfo([_identifier(a) for a in data["arguments"]], *specs)
+        graphs = {
+            mode: _module(tree, nodes, info)
+            for mode, nodes in data["graphs"].items()
+            if mode in ("eval", "train")
+        }
+        return PrunedGraph(tree, graphs)
+    except FileFormatError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    except Exception as error:  # damaged in any other way
+        raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _tree(data: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    root = nn.Module()
+    for name, kind in data["tensors"].items():
+        owner = root
+        *parts, attribute = str(name).split(".")
+        for part in parts:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if name in data["constants"]:
+            held = data["constants"][name]
+            dtype = NAMED[f"dtype:{held['dtype']}"]
+            value = torch.tensor(held["data"], dtype=dtype).reshape(held["shape"])
+            owner.register_buffer(attribute, value, persistent=False)
+        elif kind["parameter"]:
+            empty = torch.empty_like(state[name])
+            owner.register_parameter(attribute, nn.Parameter(empty, bool(kind["requires_grad"])))
+        else:
+            owner.register_buffer(attribute, torch.empty_like(state[name]))
+    return root
+
+
+def _module(tree: nn.Module, nodes: list[dict[str, Any]], info: _PyTreeInfo) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.set_codegen(_PyTreeCodeGen(info))
+    made: dict[str, fx.Node] = {}
+    for entry in nodes:
+        target = entry["target"]
+        if entry["op"] == "call_function":
+            target = _resolve(str(target))
+        elif entry["op"] not in ("placeholder", "get_attr", "output"):
+            raise FileFormatError(f"node kind {entry['op']!r} is not allowed")
+        elif not all(part.isidentifier() or part.isdigit() for part in str(target).split(".")):
+            raise FileFormatError(f"name {target!r} is not allowed")
+        args = tuple(_decode(a, made) for a in entry["args"])
+        kwargs = {_identifier(k): _decode(v, made) for k, v in entry["kwargs"].items()}
+        made[entry["name"]] = graph.create_node(
+            entry["op"], target, args, kwargs, name=_identifier(entry["name"])
+        )
+    graph.lint()
+    module = fx.GraphModule(tree, graph)
+    module._in_spec, module._out_spec = info.in_spec, info.out_spec
+    return module
+
+
+def _identifier(name: Any) -> str:
+    """Names end up in generated code, so they may only be identifiers."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise FileFormatError(f"name {name!r} is not allowed")
+    return name
+
+
+def _resolve(name: str) -> Any:
+    if name in PLAIN:
+        return PLAIN[name]
+    namespace, _, rest = name.partition(".")
+    op, _, overload = rest.partition(".")
+    if namespace != "aten" or op in FORBIDDEN or not hasattr(torch.ops.aten, op):
+        raise FileFormatError(f"operator {name!r} is not allowed")
+    return getattr(getattr(torch.ops.aten, op), overload)
+
+
+def _decode(x: Any, made: dict[str, fx.Node]) -> Any:
+    if isinstance(x, list):
+        return [_decode(i, made) for i in x]
+    if not isinstance(x, dict):
+        return x
+    [(key, value)] = x.items()
+    if key == "node":
+        return made[value]
+    if key == "tuple":
+        return tuple(_decode(i, made) for i in value)
+    if key == "float":
+        return float(value)
+    if key == "device":
+        return torch.device(value)
+    if key == "named":
+        return NAMED[value]
+    raise FileFormatError(f"argument {key!r} is not known")

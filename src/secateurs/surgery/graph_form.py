@@ -1,0 +1,272 @@
+"""The graph form: the captured operators, rewritten for the smaller sizes.
+
+It works even where the user's Python code has sizes written into it. Parameters keep their names;
+train and eval mode are two graphs over the same parameters; the batch size stays dynamic.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from secateurs.errors import CaptureError, SoundnessError
+from secateurs.graph.capture import export_module, tape_of
+from secateurs.graph.labels import Labels
+from secateurs.graph.rules import interpret
+from secateurs.surgery.slicing import Kept, kept_groups, set_tensor_, slice_module_
+from secateurs.types import Inputs
+
+__all__ = ["PrunedGraph", "graph_form"]
+
+BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+
+class PrunedGraph(nn.Module):
+    """A model that runs captured graphs over its own parameters.
+
+    Attributes:
+        eval_only: True when train mode could not be captured: in train mode, too, the eval graph
+            runs (dropout off, batch-norm statistics fixed).
+        graphs: "eval" and, where it could be captured, "train".
+    """
+
+    def __init__(self, tree: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> None:
+        super().__init__()
+        for name, tensor in tree._parameters.items():
+            self.register_parameter(name, tensor)
+        for name, buffer in tree._buffers.items():
+            persistent = name not in tree._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent=persistent)
+        for name, child in tree._modules.items():
+            self.add_module(name, child)
+        first = graphs["eval"]
+        self._in_spec, self._out_spec = first._in_spec, first._out_spec
+        self.graphs = {mode: g.graph for mode, g in graphs.items()}
+        self._forwards = {mode: type(g).forward for mode, g in graphs.items()}
+
+    @property
+    def eval_only(self) -> bool:
+        return "train" not in self._forwards
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mode = "train" if self.training and not self.eval_only else "eval"
+        return self._forwards[mode](self, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedGraph:
+        new = PrunedGraph.__new__(PrunedGraph)
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            shared = key in ("graphs", "_forwards", "_in_spec", "_out_spec")
+            new.__dict__[key] = value if shared else copy.deepcopy(value, memo)
+        return new
+
+
+def graph_form(model: nn.Module, kept: Kept, example_inputs: Inputs) -> PrunedGraph:
+    """Capture `model`, slice it to `kept` and rewrite sizes; parameters are new, sliced copies.
+
+    Raises:
+        CaptureError: eval mode cannot be captured.
+        SoundnessError: the plan does not fit the captured graph.
+    """
+    graphs = {"eval": _rewritten(model, kept, example_inputs, training=False)}
+    with suppress(CaptureError, SoundnessError):  # said on the result: eval_only
+        graphs["train"] = _rewritten(model, kept, example_inputs, training=True)
+    tree = graphs["eval"]
+    slice_module_(tree, _present(tree, kept))
+    if "train" in graphs:
+        _share(tree, graphs["train"])
+    result = PrunedGraph(tree, graphs)
+    result.train(model.training)
+    return result
+
+
+def _present(tree: nn.Module, kept: Kept) -> dict[str, Mapping[int, torch.Tensor]]:
+    """The entries of the plan that this graph holds (an unused parameter is not captured)."""
+    names = {n for n, _ in tree.named_parameters(remove_duplicate=False)}
+    names |= {n for n, _ in tree.named_buffers(remove_duplicate=False)}
+    return {name: dims for name, dims in kept.items() if name in names}
+
+
+def _share(tree: nn.Module, other: nn.Module) -> None:
+    """Add to `tree` what only the other mode's graph holds (batch counters, dropout constants)."""
+    for path, module in other.named_modules():
+        own = tree
+        for part in filter(None, path.split(".")):
+            if part not in own._modules:
+                own.add_module(part, nn.Module())
+            own = own.get_submodule(part)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and name not in own._parameters and name not in own._buffers:
+                set_tensor_(own, name, tensor)
+
+
+def _rewritten(
+    model: nn.Module, kept: Kept, example_inputs: Inputs, *, training: bool
+) -> fx.GraphModule:
+    """Capture one mode and rewrite its sizes; its parameters are still the dense ones."""
+    module = export_module(model, example_inputs, training=training)
+    tape, ids = tape_of(module, model, example_inputs)
+    labels = interpret(tape)
+    removed = removed_atoms(labels, kept)
+    rewriter = _Rewriter(labels, ids, removed, kept)
+    for node in list(module.graph.nodes):
+        rewriter.visit(node)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def removed_atoms(labels: Labels, kept: Kept) -> BoolArray:
+    """Which atoms go when only `kept` stays: whole components, consistent with the plan.
+
+    Raises:
+        SoundnessError: the plan cuts a component in two, or one that is pinned.
+    """
+    component, pinned, _ = labels.solve()
+    removed = np.zeros(labels.n_atoms, dtype=bool)
+    for axis in labels.axes:
+        if axis.stored and axis.dim in kept.get(axis.name, {}):
+            mask = np.ones(axis.size, dtype=bool)
+            mask[kept[axis.name][axis.dim].numpy()] = False
+            removed[axis.offset : axis.offset + axis.size] = mask
+    gone = np.zeros(labels.n_atoms, dtype=bool)
+    gone[component[removed]] = True
+    whole: BoolArray = gone[component]
+    for axis in labels.axes:
+        span = slice(axis.offset, axis.offset + axis.size)
+        if axis.stored and not np.array_equal(whole[span], removed[span]):
+            raise SoundnessError(
+                f"the plan does not remove dimension {axis.dim} of {axis.name} together with what "
+                "depends on it: was it made for another model or with other example inputs?"
+            )
+    if gone[pinned].any():
+        raise SoundnessError("the plan removes something that is left whole in this capture")
+    return whole
+
+
+class _Rewriter:
+    """Rewrites the sizes in one graph, node by node."""
+
+    def __init__(
+        self,
+        labels: Labels,
+        ids: Mapping[str, int | tuple[int, ...]],
+        removed: BoolArray,
+        kept: Kept,
+    ) -> None:
+        self.labels, self.ids, self.removed, self.kept = labels, ids, removed, kept
+
+    def keep(self, node: fx.Node | int, dim: int) -> BoolArray | None:
+        """Which positions of a dimension stay; None when all do."""
+        ident = self.ids.get(node.name) if isinstance(node, fx.Node) else node
+        if not isinstance(ident, int):
+            return None
+        factor = self.labels.on(ident, dim)
+        if factor is None:
+            return None
+        at = factor.dims.index(dim % len(self.labels.value(ident).shape))
+        stays = ~self.removed[factor.labels]
+        others = tuple(i for i in range(stays.ndim) if i != at)
+        along = np.asarray(stays.any(axis=others), dtype=np.bool_)
+        return None if along.all() else along
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op != "call_function":
+            return
+        name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
+        op = name.split("::")[-1].rstrip("_") if name else ""
+        if name.split("::")[-1].startswith("_assert") and not node.users:
+            node.graph.erase_node(node)
+        elif (handler := HANDLERS.get(op)) is not None:
+            handler(self, node)
+
+    def fail(self, node: fx.Node, why: str) -> SoundnessError:
+        return SoundnessError(f"cannot rewrite {node.name}: {why}")
+
+
+def _sizes(argument: int) -> Callable[[_Rewriter, fx.Node], None]:
+    """Operators that take the sizes of their output as a list."""
+
+    def handler(self: _Rewriter, node: fx.Node) -> None:
+        args: list[Any] = list(node.args)
+        sizes = list(args[argument])
+        shift = args[1] % len(args[0].meta["val"].shape) if argument == 2 else 0
+        for i, size in enumerate(sizes):
+            keep = self.keep(node, i + shift)
+            if keep is None or (isinstance(size, int) and size == -1):
+                continue
+            if not isinstance(size, int) or size != len(keep):
+                raise self.fail(node, f"its size {size} is computed at run time")
+            sizes[i] = int(keep.sum())
+        node.update_arg(argument, sizes)
+
+    return handler
+
+
+def _split(self: _Rewriter, node: fx.Node) -> None:
+    args: list[Any] = list(node.args)
+    dim = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    if self.keep(args[0], dim) is None:
+        return
+    outputs = self.ids[node.name]
+    assert isinstance(outputs, tuple)
+    counts = []
+    for out in outputs:
+        keep = self.keep(out, dim)
+        counts.append(self.labels.value(out).shape[dim] if keep is None else int(keep.sum()))
+    node.target = torch.ops.aten.split_with_sizes.default
+    node.args = (args[0], counts, dim)
+    node.kwargs = {}
+
+
+def _bounds(self: _Rewriter, node: fx.Node) -> None:
+    """Slice, narrow and select: an index becomes the number of positions kept before it."""
+    args: list[Any] = list(node.args)
+    keep = self.keep(args[0], args[1] if len(args) > 1 else 0)
+    if keep is None:
+        return
+    narrow = "narrow" in str(node.target)
+    if narrow:
+        args[3] = args[2] + args[3] if args[2] >= 0 else len(keep) + args[2] + args[3]
+    for position in (2, 3):
+        if position >= len(args) or args[position] is None:
+            continue
+        bound = args[position]
+        if not isinstance(bound, int):
+            raise self.fail(node, "its bounds are computed at run time")
+        bound = max(0, bound + len(keep)) if bound < 0 else min(bound, len(keep))
+        args[position] = int(keep[:bound].sum())
+    if narrow:
+        args[3] -= args[2]
+    node.args = tuple(args)
+
+
+def _groups(self: _Rewriter, node: fx.Node) -> None:
+    args: list[Any] = list(node.args)
+    if len(args) <= 6 or args[6] == 1:
+        return
+    rows = self.keep(args[1], 0)
+    if rows is not None:
+        groups = kept_groups(torch.from_numpy(np.flatnonzero(rows)), len(rows), args[6])
+        node.update_arg(6, groups)
+
+
+HANDLERS: dict[str, Callable[[_Rewriter, fx.Node], None]] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), _sizes(1)),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _sizes(1)),
+    **dict.fromkeys(("zeros", "ones", "full", "empty"), _sizes(0)),
+    "unflatten": _sizes(2),
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _split),
+    "slice": _bounds,
+    "narrow": _bounds,
+    "select": _bounds,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups),
+}
+"""How sizes written into a captured operator follow the cut."""

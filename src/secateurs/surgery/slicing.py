@@ -1,0 +1,145 @@
+"""Slice the parameters and buffers of a module to the kept positions, and fix recorded sizes.
+
+Works on any module tree that has the dense names: the user's class or a captured graph. Tied
+tensors stay tied; `requires_grad` and dtype stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.errors import SoundnessError
+from secateurs.masks import named_tensors
+
+__all__ = ["Kept", "fix_sizes", "owner_of", "set_tensor_", "slice_module_"]
+
+Kept = Mapping[str, Mapping[int, Tensor]]
+"""Tensor name -> {dim: (n,) int64 kept positions, ascending}."""
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and the attribute under which it does."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """The kept positions of a tensor, as a copy of its own."""
+    out = tensor.detach()
+    for dim, index in sorted(dims.items()):
+        out = out.index_select(dim, index.to(out.device))
+    return out.clone()
+
+
+def set_tensor_(module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer in place of the old one, registered as before."""
+    if isinstance(tensor, nn.Parameter):
+        module._parameters.pop(attribute, None)
+        setattr(module, attribute, tensor)
+    else:
+        module._buffers[attribute] = tensor
+
+
+def slice_module_(model: nn.Module, kept: Kept) -> None:
+    """Slice every tensor named in `kept`, in place; all names of a tied tensor follow.
+
+    Raises:
+        SoundnessError: a name or position does not exist in this model.
+    """
+    tensors = named_tensors(model)
+    missing = sorted(set(kept) - set(tensors))
+    if missing:
+        raise SoundnessError(f"the plan names tensors that the model does not have: {missing}")
+    new: dict[int, Tensor] = {}
+    for name, dims in kept.items():
+        old = tensors[name]
+        for dim, index in dims.items():
+            if dim >= old.dim() or (len(index) and int(index.max()) >= old.shape[dim]):
+                raise SoundnessError(
+                    f"the plan keeps position {int(index.max())} of dimension {dim} of {name}, "
+                    f"which has shape {tuple(old.shape)}"
+                )
+        small = sliced(old, dims)
+        if isinstance(old, nn.Parameter):
+            small = nn.Parameter(small, requires_grad=old.requires_grad)
+        new[id(old)] = small
+    for name, old in tensors.items():
+        if id(old) in new:
+            set_tensor_(*owner_of(model, name), new[id(old)])
+
+
+def fix_sizes(model: nn.Module, dense: nn.Module, kept: Kept) -> dict[str, dict[str, int]]:
+    """Set the size attributes of well-known modules to those of their sliced weights.
+
+    Args:
+        model: sliced module; changed in place.
+        dense: the same tree before slicing.
+        kept: what was kept, for the number of groups of grouped convolutions.
+
+    Returns:
+        {module path: {attribute: new value}}, only those that changed.
+    """
+    changed: dict[str, dict[str, int]] = {}
+    before = dict(dense.named_modules())
+    for path, module in model.named_modules():
+        sizes = _sizes(module, before.get(path), path, kept)
+        differ = {k: v for k, v in sizes.items() if getattr(module, k) != v}
+        for attribute, value in differ.items():
+            setattr(module, attribute, value)
+        if differ:
+            changed[path] = differ
+    return changed
+
+
+def _sizes(module: nn.Module, dense: nn.Module | None, path: str, kept: Kept) -> dict[str, int]:
+    """Size attributes implied by the weights of a module of torch.nn."""
+    if isinstance(module, nn.Linear):
+        return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
+    if isinstance(module, nn.modules.conv._ConvNd) and dense is not None:
+        groups = module.groups
+        rows = kept.get(f"{path}.weight" if path else "weight", {}).get(0)
+        if groups > 1 and rows is not None and not module.transposed:
+            assert isinstance(dense, nn.modules.conv._ConvNd)
+            groups = kept_groups(rows, dense.weight.shape[0], groups)
+        out, into = (1, 0) if module.transposed else (0, 1)
+        shape = module.weight.shape
+        return {
+            "out_channels": shape[out] * (groups if module.transposed else 1),
+            "in_channels": shape[into] * (1 if module.transposed else groups),
+            "groups": groups,
+        }
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        held = next((t for t in (module.weight, module.running_mean) if t is not None), None)
+        return {} if held is None else {"num_features": held.shape[0]}
+    if isinstance(module, nn.RNNBase):
+        recurrent, first = (
+            module.get_parameter("weight_hh_l0"),
+            module.get_parameter("weight_ih_l0"),
+        )
+        return {"hidden_size": recurrent.shape[1], "input_size": first.shape[1]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": module.weight.shape[1]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": module.weight.shape[0]}
+    return {}
+
+
+def kept_groups(rows: Tensor, dense_rows: int, groups: int) -> int:
+    """Groups of a convolution that are left: fewer if whole groups went, else the same.
+
+    Example:
+        >>> kept_groups(torch.tensor([0, 1]), 4, 2)  # the second group went
+        1
+        >>> kept_groups(torch.tensor([0, 2]), 4, 2)  # one channel of each
+        2
+    """
+    keep = torch.zeros(dense_rows, dtype=torch.bool)
+    keep[rows.cpu()] = True
+    blocks = keep.reshape(groups, -1)
+    whole = blocks.all(dim=1)
+    if bool((whole == blocks.any(dim=1)).all()):
+        return int(whole.sum())
+    return groups

@@ -1,0 +1,149 @@
+"""Dense networks to prune: training them by their recipe, and keeping them in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from secateurs.errors import FileFormatError
+from secateurs.finetune import EpochRow, finetune
+from secateurs.tasks.base import Data, Task
+
+__all__ = ["dense_checkpoint", "train_dense"]
+
+Progress = Callable[[EpochRow], object]
+
+
+def train_dense(
+    task: Task, data: Data, seed: int, *, progress: Progress | None = None
+) -> nn.Module:
+    """Build the network of a task and train it by its recipe; the result is in eval mode.
+
+    Args:
+        task: what to build and how to train it.
+        data: from `task.load`; only `data.train` is read, in its order.
+        seed: of the initialisation. The caller's random state is left as it was.
+        progress: called after each epoch.
+
+    Raises:
+        ScoringError: the loss is not finite.
+    """
+    model = _built(task, seed)
+    config = task.train_recipe.finetune
+    finetune(model, data.train, task.loss_fn, config, seed=seed, progress=progress)
+    return model.eval()
+
+
+def _built(task: Task, seed: int) -> nn.Module:
+    """A new network on the CPU; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return task.build()
+
+
+def dense_checkpoint(
+    task: Task, seed: int, *, full_data: bool = False, progress: Progress | None = None
+) -> tuple[nn.Module, Data, bool]:
+    """The trained dense network of a task, from the cache if it was trained before.
+
+    The cache is the folder `$SECATEURS_CACHE`, by default `~/.cache/secateurs`. A file is named
+    after task, seed, and a hash of what decides the weights (recipe, training data, source of the
+    network, versions of torch and secateurs). A damaged file is reported by a warning, and the
+    network is trained again.
+
+    Args:
+        task: from `get_task`.
+        seed: of split, order of the samples and initialisation.
+        full_data: as in `Task.load`.
+        progress: as in `train_dense`.
+
+    Returns:
+        The network in eval mode, its data, and whether the weights came from the cache.
+
+    Raises:
+        MissingDependencyError: the data is not installed; names the command.
+    """
+    data = task.load(seed, full_data=full_data)
+    path = _cache_dir() / f"{task.name}-{seed}-{_fingerprint(task, data)}.safetensors"
+    if path.exists():
+        try:
+            return _restore(task, path), data, True
+        except FileFormatError as error:
+            warnings.warn(f"{error}; training {task.name} again", stacklevel=2)
+    model = train_dense(task, data, seed, progress=progress)
+    try:
+        _write(model.state_dict(), path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written: {error}; not cached", stacklevel=2)
+    return model, data, False
+
+
+def _cache_dir() -> Path:
+    default = Path.home() / ".cache" / "secateurs"
+    return Path(os.environ.get("SECATEURS_CACHE") or default).expanduser()
+
+
+def _fingerprint(task: Task, data: Data) -> str:
+    """Hash of what decides the weights besides the seed."""
+    model = _built(task, 0)
+    versions = torch.__version__, version("secateurs")
+    digest = hashlib.sha256(repr((task.train_recipe, str(model), versions)).encode())
+    source = getattr(sys.modules.get(type(model).__module__), "__file__", None)
+    if source is not None:
+        digest.update(Path(source).read_bytes())
+    for inputs, targets in data.train:
+        digest.update(inputs.numpy())
+        digest.update(targets.numpy())
+    return digest.hexdigest()[:12]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names and values: the file format itself would not notice a flipped bit."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write beside the target, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        metadata={"sha256": _checksum(tensors)},
+    )
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _restore(task: Task, path: Path) -> nn.Module:
+    """The network with the weights of a cache file, in eval mode."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            expected = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"cache file {path} cannot be read: {error}") from error
+    if _checksum(tensors) != expected:
+        raise FileFormatError(f"cache file {path} is damaged: its checksum does not match")
+    model = _built(task, 0)
+    model.load_state_dict(tensors)
+    return model.eval()
