@@ -103,7 +103,7 @@ def test_bad_recipes_are_refused() -> None:
     ]
     for changes, message in bad:
         with pytest.raises(ConfigError, match=message):
-            short(**changes)
+            short("cancer-mlp", **changes)
 
 
 def test_a_diverging_loss_is_an_error() -> None:

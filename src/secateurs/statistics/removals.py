@@ -122,9 +122,13 @@ class Removals:
                     / self._step
                 )
             assert loss_fn is not None
-            base = float(loss_fn(before, labels))
-        loss = loss_fn  # narrowed for the closure
-        return lambda t, u: (float(loss(self._without(inputs, t, u), labels)) - base) / self._step
+            base = float(loss_fn(before, labels).detach())
+
+        def by_loss(target: Target, unit: int) -> float:
+            after = loss_fn(self._without(inputs, target, unit), labels)
+            return (float(after.detach()) - base) / self._step
+
+        return by_loss
 
     @torch.no_grad()
     def _without(self, inputs: Inputs, target: Target, unit: int) -> Any:
