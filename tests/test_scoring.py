@@ -16,6 +16,7 @@ from torch.func import functional_call, jvp
 from secateurs.criteria import Criterion, criterion, get_criterion
 from secateurs.criteria.registry import CRITERIA
 from secateurs.errors import ConfigError, DataError, ScoringError
+from secateurs.graph import trace
 from secateurs.scoring import score, score_many
 from secateurs.statistics import removal_role
 from secateurs.types import Graph, GroupTarget, Plan, WeightTarget
@@ -233,6 +234,33 @@ def test_activations_that_do_not_begin_with_the_samples_go_one_by_one() -> None:
     found = score(net, batches, case.loss_fn, graph=case.graph)
     assert "does not begin with the samples" in found.notes[0]
     torch.testing.assert_close(found.values[t.name], slow_taylor(case, group))
+
+
+class Encoder(nn.Module):
+    """An encoder layer, whose fused kernel would skip the hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(x).mean(1))
+        return out
+
+
+def test_a_traced_encoder_takes_the_fast_path() -> None:
+    net = Encoder().double()
+    batches = data((5, 8), 3, (4, 4, 2), 0, torch.float64)
+    graph = trace(net, batches[0][0])
+    case = Case(net, graph, batches, nn.functional.cross_entropy)
+    found = score(net, batches, case.loss_fn, graph=graph, granularity="neuron")
+    assert found.notes == ()
+    assert found.values
+    for name, values in found.values.items():
+        target = graph.targets[name]
+        assert isinstance(target, GroupTarget)
+        torch.testing.assert_close(values, slow_taylor(case, target), rtol=1e-5, atol=1e-12)
 
 
 # -- directions ------------------------------------------------------------------------------

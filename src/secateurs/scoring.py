@@ -124,6 +124,7 @@ def score_many(
         stack.enter_context(preserve(model))
         stack.enter_context(in_mode(model, training=False))
         stack.enter_context(_only_these_gradients(model))
+        stack.enter_context(_differentiable_kernels(model))
         torch.manual_seed(seed)
         run = Pass(model, params, jobs, loss_fn, _alive(targets, previous))
         run.open_removals(max_seconds, total or 1)
@@ -187,12 +188,23 @@ def _n_batches(batches: Batches | None, max_batches: int | None) -> int | None:
     return known if max_batches is None else min(known, max_batches)
 
 
-def _only_these_gradients(model: nn.Module) -> Any:
+def _only_these_gradients(model: nn.Module) -> ExitStack:
     """Restore which parameters require a gradient; inside, none does until one is asked for."""
     stack = ExitStack()
     for p in model.parameters():
         stack.callback(p.requires_grad_, p.requires_grad)
         p.requires_grad_(False)
+    return stack
+
+
+def _differentiable_kernels(model: nn.Module) -> ExitStack:
+    """Avoid kernels that skip hooks (fused encoder) or refuse eval-mode gradients (cuDNN RNN)."""
+    stack, mha = ExitStack(), torch.backends.mha
+    stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+    mha.set_fastpath_enabled(False)
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    if recurrent and model_device(model).type == "cuda":
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
     return stack
 
 

@@ -355,10 +355,6 @@ remain, in (0, 1]. Did you mean 0.9? (an absolute figure is an int or a text suc
         key = self.quantity
         return _amount(f"Budget({key}={self._fields()[key]!r})", self._fields()[key])
 
-    def limit(self, dense: int) -> int:
-        """The absolute limit for a dense model with that many."""
-        return int(self.amount * dense) if isinstance(self.amount, float) else self.amount
-
     def fraction(self, dense: int) -> float:
         """The limit as a fraction of the dense model, at most 1."""
         return self.amount if isinstance(self.amount, float) else min(1.0, self.amount / dense)

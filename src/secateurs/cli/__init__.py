@@ -1,0 +1,67 @@
+"""The command line: one verb per file. Verbs import torch inside, so that `--help` is quick.
+
+Data goes to stdout, progress and messages to stderr. Exit code 0: done; 1: it failed; 2: usage.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from secateurs.cli import demo, run, tasks
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Make a trained network smaller and faster by gradient-based pruning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("run")(run.run)
+app.command("tasks")(tasks.tasks)
+
+
+def _version(show: bool) -> None:
+    if show:
+        import secateurs
+
+        typer.echo(secateurs.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Make a trained network smaller and faster by gradient-based pruning."""
+
+
+def main() -> None:
+    """Entry point: errors become one message on stderr; a traceback only with --debug."""
+    from secateurs.errors import ConfigError, PruningError
+
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except PruningError as error:
+        if debug:
+            raise
+        print(f"secateurs: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("secateurs: interrupted", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:  # a bug of ours or of the user's functions: name it, no traceback
+        if debug:
+            raise
+        kind = type(error).__name__
+        print(f"secateurs: {kind}: {error}\n(--debug shows where)", file=sys.stderr)
+        sys.exit(1)
