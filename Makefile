@@ -19,14 +19,15 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 	@echo
 	@echo "Options: PYTHON=python3.12 (which Python), PIP_ARGS='...' (for pip), PYTEST_ARGS='-k masks',"
-	@echo "JOBS=2 (parallel test processes). On Linux pip takes the CUDA build of PyTorch, several GB;"
-	@echo "the small one: make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+	@echo "BENCH_ARGS='--tasks digits-cnn', JOBS=2 (parallel test processes)."
+	@echo "On Linux pip takes the CUDA build of PyTorch, several GB. The small one: make demo"
+	@echo "   PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
 
 demo: .venv/.demo-ready ## set up, then prune a network and write a report to out/demo
 	$(BIN)/secateurs demo --out out/demo --force
 
 test: .venv/.dev-ready ## set up, then run all tests
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 check: .venv/.dev-ready ## format, lint, types, then all tests
 	$(BIN)/ruff format --check .
@@ -34,8 +35,8 @@ check: .venv/.dev-ready ## format, lint, types, then all tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: .venv/.dev-ready ## run the benchmarks
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+bench: .venv/.dev-ready ## run the benchmark of all tasks (hours; resumes where it stopped)
+	$(BIN)/python benchmarks/tasks.py $(BENCH_ARGS)
 
 clean: ## remove what the targets wrote, except .venv
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -24,9 +24,9 @@ RECIPE: dict[str, Any] = {
     "task": "digits-cnn",
     "criterion": "taylor",
     "granularity": "channel",
-    "budget": {"macs": 0.19},
+    "budget": {"macs": 0.1},
     "schedule": {"curve": "cubic", "steps": 4},
-    "finetune": {"epochs": 6, "lr": 0.002, "lr_schedule": "cosine", "distill": 0.5},
+    "finetune": {"epochs": 3, "lr": 0.002, "lr_schedule": "cosine", "distill": 0.5},
     "seed": 0,
 }
 

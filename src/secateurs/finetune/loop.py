@@ -1,11 +1,4 @@
-"""Fine-tuning: train a model, masked or not, while the cut heals.
-
-    finetune(model, batches, loss_fn, Finetune(epochs=3), masks=plan.masks) -> FinetuneResult
-
-The reference loop: plain, checked, in place. `Finetune` says how to train and is a recipe block;
-everything that is an object (masks, teacher, evaluation) is an argument. A user with a loop of
-their own needs only `hold_masks` from the room before.
-"""
+"""The training loop: one plain pass after another, checked at every step."""
 
 from __future__ import annotations
 
@@ -14,11 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 
 from secateurs.batches import (
@@ -28,162 +20,14 @@ from secateurs.batches import (
     in_mode,
     iterate,
     model_device,
-    tensors,
 )
-from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError, choose
+from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError
+from secateurs.finetune.config import LR_SCHEDULES, OPTIMIZERS, EpochRow, Finetune, FinetuneResult
+from secateurs.finetune.distillation import distillation_loss
 from secateurs.masks import check_masks, hold_masks, named_tensors
 from secateurs.types import Batches, Evaluate, Inputs, LossFn
 
-__all__ = [
-    "LR_SCHEDULES",
-    "OPTIMIZERS",
-    "EpochRow",
-    "Finetune",
-    "FinetuneResult",
-    "distillation_loss",
-    "finetune",
-]
-
-OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter], Finetune], Optimizer]] = {
-    "adam": lambda p, c: torch.optim.Adam(p, lr=c.lr, weight_decay=c.weight_decay),
-    "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay),
-    "sgd": lambda p, c: torch.optim.SGD(
-        p, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay
-    ),
-}
-"""Optimizer name -> how it is built."""
-
-LR_SCHEDULES: Mapping[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "linear": lambda progress: 1 - progress,
-}
-"""Learning-rate schedule -> factor at progress (steps done / all steps) in [0, 1)."""
-
-
-@dataclass(frozen=True)
-class Finetune:
-    """How to fine-tune. Give `epochs` or `steps`, not both; neither means one epoch.
-
-    Args:
-        epochs: passes over the batches; 0 = no training.
-        steps: optimizer steps, over as many passes as they need; 0 = no training.
-        optimizer: one of `OPTIMIZERS`.
-        lr: learning rate, above 0.
-        momentum: in [0, 1), for "sgd" only.
-        weight_decay: at least 0; decoupled in "adamw", added to the gradient in the others.
-        lr_schedule: one of `LR_SCHEDULES`, followed step by step from `lr` towards 0.
-        clip_norm: largest norm of the whole gradient, above 0; None = no clipping.
-        patience: stop after this many epochs without a better metric; None = never.
-        restore_best: give back the weights of the best epoch instead of the last.
-        full_batch: one optimizer step per epoch with the exact gradient of the mean loss over
-            all samples, accumulated batch by batch (batch norm still sees single batches).
-        distill: weight in [0, 1] of the distillation loss; the task loss has the rest.
-        temperature: of the distillation between class probabilities, above 0.
-
-    Raises:
-        ConfigError: lists every field that is out of range.
-
-    Example:
-        >>> Finetune(epochs=3, lr=0.01).epochs
-        3
-        >>> Finetune(lr=-1, distill=50)
-        Traceback (most recent call last):
-        secateurs.errors.ConfigError: Finetune: distill must be in [0, 1], got 50; \
-lr must be above 0, got -1
-    """
-
-    epochs: int | None = None
-    steps: int | None = None
-    optimizer: str = "adam"
-    lr: float = 1e-3
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    lr_schedule: str = "constant"
-    clip_norm: float | None = None
-    patience: int | None = None
-    restore_best: bool = False
-    full_batch: bool = False
-    distill: float = 0.0
-    temperature: float = 2.0
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        choose(self.optimizer, OPTIMIZERS, "optimizer")
-        choose(self.lr_schedule, LR_SCHEDULES, "lr_schedule")
-        rules: list[tuple[str, str, Callable[[Any], bool]]] = [
-            ("clip_norm", "above 0", lambda v: v > 0),
-            ("distill", "in [0, 1]", lambda v: 0 <= v <= 1),
-            ("epochs", "a whole number, at least 0", lambda v: isinstance(v, int) and v >= 0),
-            ("lr", "above 0", lambda v: v > 0),
-            ("momentum", "in [0, 1)", lambda v: 0 <= v < 1),
-            ("patience", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
-            ("steps", "a whole number, at least 0", lambda v: isinstance(v, int) and v >= 0),
-            ("temperature", "above 0", lambda v: v > 0),
-            ("weight_decay", "at least 0", lambda v: v >= 0),
-        ]
-        problems = [
-            f"{name} must be {rule}, got {value!r}"
-            for name, rule, holds in rules
-            if (value := getattr(self, name)) is not None and not (_number(value) and holds(value))
-        ]
-        if self.epochs is not None and self.steps is not None:
-            problems.append("give epochs or steps, not both")
-        if self.momentum and self.optimizer != "sgd":
-            problems.append(f"momentum belongs to optimizer='sgd', not {self.optimizer!r}")
-        if problems:
-            raise ConfigError("Finetune: " + "; ".join(problems))
-
-    @property
-    def n_epochs(self) -> int | None:
-        """Passes to make; None when `steps` decides."""
-        return None if self.steps is not None else 1 if self.epochs is None else self.epochs
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
-class EpochRow:
-    """One pass over the batches.
-
-    Attributes:
-        epoch: from 1.
-        train_loss: sample-weighted mean of the loss that was minimised, in training mode and
-            before each step.
-        metric: main metric after the epoch; None without `evaluate`.
-        lr: learning rate of the epoch's first step (first parameter group).
-    """
-
-    epoch: int
-    train_loss: float
-    metric: float | None
-    lr: float
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What fine-tuning did.
-
-    Attributes:
-        history: one row per epoch; the last may be a partial pass when `steps` ends it.
-        best_metric: best metric of any epoch. It was chosen on this data: report another split.
-        best_epoch: where it was first reached; 0 = no epoch was trained.
-        final_metric: metric after the last epoch, also when the best weights were restored.
-        steps: optimizer steps.
-        stopped_early: whether patience ended the training.
-        seconds: wall time, with evaluation.
-    """
-
-    history: tuple[EpochRow, ...]
-    best_metric: float | None
-    best_epoch: int | None
-    final_metric: float | None
-    steps: int
-    stopped_early: bool
-    seconds: float
+__all__ = ["finetune"]
 
 
 def finetune(
@@ -270,85 +114,6 @@ def finetune(
         loop.set_lr(1.0)
         _clear_gradients(model)
     return loop.result(time.perf_counter() - started)
-
-
-def distillation_loss(
-    outputs: Any, teacher_outputs: Any, targets: Any, temperature: float = 2.0
-) -> Tensor:
-    """How far a model is from its teacher: a scalar, 0 when the outputs are equal.
-
-    Class labels (an integer tensor of the shape of the outputs without their class dimension, at
-    least two classes): KL(softmax(teacher/T) || softmax(student/T)) x T^2, mean over the labelled
-    positions; those with a negative label (padding) do not count. Classes are dimension 1 as in
-    `cross_entropy`, or the last one. Everything else, single-logit binary outputs included: mean
-    squared error between the outputs. Outputs that are not a tensor count by their `logits`, or
-    else by their first tensor.
-
-    Args:
-        outputs: of the student.
-        teacher_outputs: of the teacher, same shape.
-        targets: decide only which rule applies, and which positions count.
-        temperature: above 0.
-
-    Raises:
-        DataError: student and teacher outputs differ in shape, or the class dimension is
-            ambiguous because both candidates have the same size.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, 0.0]])
-        >>> distillation_loss(logits, logits, torch.tensor([0])).item()
-        0.0
-
-    References:
-        Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015,
-        arXiv:1503.02531.
-    """
-    student, reference = _main_output(outputs), _main_output(teacher_outputs)
-    if student.shape != reference.shape:
-        raise DataError(
-            f"student outputs {tuple(student.shape)} and teacher outputs "
-            f"{tuple(reference.shape)} must have one shape to distill"
-        )
-    dim = _class_dim(student, targets)
-    if dim is None:
-        return functional.mse_loss(student, reference)
-    pointwise = functional.kl_div(
-        (student / temperature).log_softmax(dim),
-        (reference / temperature).log_softmax(dim),
-        reduction="none",
-        log_target=True,
-    ).sum(dim)  # classes summed -> shape of targets
-    labelled = targets >= 0
-    mean: Tensor = pointwise[labelled].sum() / labelled.sum().clamp(min=1)
-    return mean * temperature**2
-
-
-def _main_output(outputs: Any) -> Tensor:
-    """The tensor to compare: the output itself, its logits, or its first tensor."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    if logits is None:
-        logits = getattr(outputs, "logits", None)
-    return logits if isinstance(logits, Tensor) else tensors(outputs)[0]
-
-
-def _class_dim(outputs: Tensor, targets: Any) -> int | None:
-    """The dimension of `outputs` that holds classes for integer labels; None when there is none."""
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.dim() < 2:
-        return None
-    shape = outputs.shape
-    fits = [
-        dim
-        for dim in sorted({1, outputs.dim() - 1})
-        if shape[dim] >= 2 and shape[:dim] + shape[dim + 1 :] == targets.shape
-    ]
-    if len(fits) > 1:
-        raise DataError(
-            f"outputs {tuple(shape)} with labels {tuple(targets.shape)}: classes may be dimension "
-            f"1 or {fits[1]}. Flatten both, so that outputs are (positions, classes)"
-        )
-    return fits[0] if fits else None
 
 
 @dataclass

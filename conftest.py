@@ -1,4 +1,7 @@
-"""One thread per test process, a cache of its own, and a known random state for every test."""
+"""One thread per test process, a cache of its own, and a known random state for every test.
+
+It stands here and not in tests/ so that it holds for the examples in docstrings too.
+"""
 
 from __future__ import annotations
 

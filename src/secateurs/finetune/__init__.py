@@ -1,0 +1,28 @@
+"""Fine-tuning: train a model, masked or not, while the cut heals.
+
+    finetune(model, batches, loss_fn, Finetune(epochs=3), masks=plan.masks) -> FinetuneResult
+
+The reference loop: plain, checked, in place. `Finetune` says how to train and is a recipe block;
+everything that is an object (masks, teacher, evaluation) is an argument. A user with a loop of
+their own needs only `hold_masks` from the room before.
+"""
+
+from secateurs.finetune.config import (
+    LR_SCHEDULES,
+    OPTIMIZERS,
+    EpochRow,
+    Finetune,
+    FinetuneResult,
+)
+from secateurs.finetune.distillation import distillation_loss
+from secateurs.finetune.loop import finetune
+
+__all__ = [
+    "LR_SCHEDULES",
+    "OPTIMIZERS",
+    "EpochRow",
+    "Finetune",
+    "FinetuneResult",
+    "distillation_loss",
+    "finetune",
+]
