@@ -108,12 +108,7 @@ def checked_loss(model: nn.Module, batch: Batch, loss_fn: LossFn, where: str = "
         ScoringError: the loss is not a scalar or not finite.
     """
     inputs, targets = batch
-    try:
-        outputs = call_model(model, inputs)
-    except Exception as error:
-        raise CaptureError(f"{where}: the model refuses the inputs: {error}") from error
-    if not tensors(outputs):
-        raise CaptureError(f"{where}: the model returns {type(outputs).__name__}, no tensor")
+    outputs = _checked_outputs(model, inputs, where)
     try:
         loss = loss_fn(outputs, targets)
     except Exception as error:
@@ -129,6 +124,16 @@ def checked_loss(model: nn.Module, batch: Batch, loss_fn: LossFn, where: str = "
     return loss.reshape(())
 
 
+def _checked_outputs(model: nn.Module, inputs: Inputs, where: str) -> Any:
+    try:
+        outputs = call_model(model, inputs)
+    except Exception as error:
+        raise CaptureError(f"{where}: the model refuses the inputs: {error}") from error
+    if not tensors(outputs):
+        raise CaptureError(f"{where}: the model returns {type(outputs).__name__}, no tensor")
+    return outputs
+
+
 def _shapes(tree: Any) -> str:
     return ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in tensors(tree)) or repr(tree)
 
@@ -139,14 +144,19 @@ def check_batches(model: nn.Module, batches: Batches, loss_fn: LossFn | None) ->
     Raises:
         DataError, CaptureError, ScoringError: as `iterate` and `checked_loss`.
     """
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise DataError("batches can be read only once (a generator): pass a list or a DataLoader")
-    first = next(iter(iterate(batches, model_device(model), max_batches=1)))
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise DataError(
+            f"batches is a {type(batches).__name__}; expected an iterable of (inputs, targets), "
+            "such as a list or a DataLoader"
+        )
     with preserve(model), in_mode(model, training=False), torch.no_grad():
+        first = next(iterate(batches, model_device(model), max_batches=1))
         if loss_fn is not None:
             checked_loss(model, first, loss_fn)
         else:
-            call_model(model, first[0])
+            _checked_outputs(model, first[0], "batch 0")
 
 
 @contextmanager

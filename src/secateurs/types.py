@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -373,13 +374,14 @@ def _amount(where: str, value: float | int | str) -> float | int:
         try:
             number = float(digits)
         except ValueError:
-            raise ConfigError(
-                f'{where}: not a number; write for example "120M", 5000 or 0.5'
-            ) from None
-        if digits == text and 0 < number <= 1 and "." in digits:
-            return number
-        value = round(number * factor)
-    if isinstance(value, int):
+            number = float("nan")
+        if not np.isfinite(number):
+            raise ConfigError(f'{where}: not a number; write for example "120M", 5000 or 0.5')
+        plain = digits == text and "E" not in text  # YAML reads 1e-1 as a text
+        fraction = (plain and "." in text) or abs(number) < 1
+        value = number if digits == text and fraction else round(number * factor)
+    if isinstance(value, Integral):
+        value = int(value)
         if value < 1:
             raise ConfigError(f"{where}: an absolute figure must be at least 1")
         return value

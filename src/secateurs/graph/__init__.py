@@ -1,7 +1,7 @@
 """Find what can be pruned: `trace(model, example_inputs) -> Graph`.
 
 The flow inside: a front end captures one run as a `Tape` of operator records (`capture`), rules
-interpret it over labels (`rules`, `contractions`, `labels`), and the components of the labels
+interpret it over labels (`rules` and the modules that it lists, `labels`), and the components of the labels
 become targets with their members, sites, costs, and reasons for what is left whole (`units`).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from secateurs.graph import across, contractions, elementwise, moves  # noqa: F401  (rules)
 from secateurs.graph.capture import export_module, tape_of
 from secateurs.graph.rules import interpret
 from secateurs.graph.units import find_targets

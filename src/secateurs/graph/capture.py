@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,18 +44,33 @@ def export_module(model: nn.Module, example_inputs: Inputs, *, training: bool) -
         if not tensors(output):
             raise CaptureError(f"the model returns {type(output).__name__}, no tensor")
         try:
-            program = _export(model, args, kwargs)
+            module = _export(model, args, kwargs).module(check_guards=False)
         except Exception as error:
             mode = "train" if training else "eval"
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            clash = sorted(set(dir(fx.GraphModule)) & {n for n, _ in model.named_children()})
+            hint = f"; rename the submodule {clash[0]!r}, a name torch.fx reserves" if clash else ""
             raise CaptureError(
-                f"torch.export cannot capture the model in {mode} mode: {first}"
+                f"torch.export cannot capture the model in {mode} mode: {first}{hint}"
             ) from error
-        module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     module.graph.eliminate_dead_code()
+    _own_constants_(module)
     module.recompile()
     return module
+
+
+def _own_constants_(module: fx.GraphModule) -> None:
+    """Constants of the capture become buffers of its own that are not part of the state dict."""
+    for node in module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        path, _, attribute = node.target.rpartition(".")
+        owner = module.get_submodule(path)
+        value = owner.__dict__.get(attribute)
+        if isinstance(value, torch.Tensor):
+            delattr(owner, attribute)
+            owner.register_buffer(attribute, value.detach().clone(), persistent=False)
 
 
 def _call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -78,11 +93,11 @@ def _export(
         return None
 
     shapes = tuple(pytree.tree_map(dims, a) for a in args)
-    named = {k: pytree.tree_map(dims, v) for k, v in kwargs.items()}
-    names = list(inspect.signature(model.forward).parameters)
-    spec: Any = (*shapes, *named.values())
-    if kwargs:
-        spec = {**dict(zip(names, shapes, strict=False)), **named}
+    spec: Any = {k: pytree.tree_map(dims, v) for k, v in kwargs.items()} if kwargs else shapes
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds and not kwargs:
+        at = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        spec = (*shapes[:at], shapes[at:])
     with warnings.catch_warnings():
         # Exporting a recurrent layer warns about its cached weight list; nothing is lost.
         warnings.filterwarnings("ignore", message=".*_flat_weights.*")
@@ -118,11 +133,12 @@ def tape_of(
     Returns:
         The tape, and for each graph node the id (or ids) of its value, for rewriting.
     """
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    parameters = _first_names(model.named_parameters(remove_duplicate=False))
+    buffers = _first_names(model.named_buffers(remove_duplicate=False))
     tape = Tape([], [], (), "torch.export", batch_size(example_inputs))
     ids: dict[str, int | tuple[int, ...]] = {}
     symbols: dict[str, int] = {}
+    stored: dict[str, int] = {}
 
     def add(meta: Any, source: Any, name: str) -> int:
         shape = tuple(_hint(s) for s in meta.shape)
@@ -151,19 +167,18 @@ def tape_of(
                 symbols[node.name] = _hint(meta) if meta is not None else 0
         elif node.op == "get_attr":
             meta = _attribute(module, node.target)
-            name = node.target
             if not isinstance(meta, torch.Tensor):
                 continue  # the body of a higher-order region; its operator has no rule
+            name = parameters.get(node.target) or buffers.get(node.target) or node.target
             source = (
                 "parameter" if name in parameters else "buffer" if name in buffers else "constant"
             )
-            ids[node.name] = add(meta, source, name)
+            if name not in stored:
+                stored[name] = add(meta, source, name)
+            ids[node.name] = stored[name]
         elif node.op == "output":
-            tape.outputs = tuple(
-                found
-                for n in pytree.tree_leaves(node.args[0])
-                if isinstance(n, fx.Node) and isinstance(found := ids.get(n.name), int)
-            )
+            found = [ids.get(n.name) for n in node.all_input_nodes]
+            tape.outputs = tuple(i for i in pytree.tree_leaves(found) if isinstance(i, int))
         elif node.target is operator.getitem and isinstance(ids.get(node.args[0].name), tuple):
             ids[node.name] = ids[node.args[0].name][node.args[1]]  # type: ignore[index]
         else:
@@ -210,6 +225,12 @@ def _read_call(
             index=len(tape.records),
         )
     )
+
+
+def _first_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Every name of a tensor -> the first one; a tied tensor has several."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
 def _hint(size: Any) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from secateurs.graph.labels import Factor, Labels
 from secateurs.graph.records import Record, Ref, refs
-from secateurs.graph.rules import _unknown, rule
+from secateurs.graph.rules import rule, unknown
 from secateurs.types import IntArray, Kind
 
 __all__: list[str] = []
@@ -30,7 +30,9 @@ def _consume(
         labels.tie(x.labels, columns.labels, FIXED_INPUT, record.where)
         labels.read(columns.labels, record, argument)
         labels.live(columns.labels)
-        if not x.z:
+        if not x.z and not columns.z:
+            labels.pin(x.labels, "it is summed over and nothing makes it zero", record.where)
+        elif not x.z:
             labels.nonzero(x.labels)
     elif columns is not None:
         labels.read(columns.labels, record, argument)
@@ -46,7 +48,7 @@ def _produce(
     if rows is None:
         return None
     producers = labels.make(rows.labels, record, kind)
-    z = True
+    z = rows.z
     if bias is not None:
         shift = labels.single(bias, 0)
         if shift is None:
@@ -54,6 +56,7 @@ def _produce(
             z = False
         else:
             labels.tie(rows.labels, shift.labels, "its bias is fixed", record.where)
+            z = z and shift.z
             producers |= labels.make(shift.labels, record, kind)
     return Factor(rows.dims, rows.labels, z, producers)
 
@@ -65,6 +68,9 @@ def _linear(labels: Labels, record: Record) -> None:
     out = record.outputs[0]
     size = labels.value(out).shape
     last = len(size) - 1
+    if len(labels.value(weight).shape) != 2:
+        unknown(labels, record, "a linear layer with a vector as weight has no rule")
+        return
     _consume(labels, record, labels.single(x, -1), labels.single(weight, 1))
     rows = _produce(labels, record, labels.single(weight, 0), bias, "neuron")
     rest = [
@@ -113,7 +119,8 @@ def _grouped(
     """Depthwise: a channel and its outputs are one unit. Else whole groups, or the same index in
     every group, whichever leaves more units; the number of groups follows."""
     columns = labels.single(record.args[1], 1)
-    if x is None or rows is None:
+    wide = labels.value(record.args[1]).shape[1] > 1
+    if x is None or rows is None or (columns is None and wide):
         for f in (x, rows, columns):
             if f is not None:
                 labels.pin(f.labels, "a grouped convolution reads a fixed input", record.where)
@@ -132,7 +139,9 @@ def _grouped(
     else:
         for block in (ins, outs):
             labels.tie(np.broadcast_to(block[:1], block.shape), block, why, record.where)
-        assert columns is not None
+        assert columns is not None  # wide
+        if not x.z and not columns.z:
+            labels.pin(x.labels, "it is summed over and nothing makes it zero", record.where)
         labels.tie(ins[0], columns.labels, FIXED_INPUT, record.where)
         labels.read(columns.labels, record, 0)
     if not x.z:
@@ -145,7 +154,7 @@ def _transposed(labels: Labels, record: Record) -> None:
     bias = record.args[2] if len(record.args) > 2 else record.kwargs.get("bias")
     groups = record.args[6] if len(record.args) > 6 else record.kwargs.get("groups", 1)
     if groups != 1:
-        _unknown(labels, record)
+        unknown(labels, record, "a transposed convolution with groups has no rule yet")
         return
     channel = len(labels.value(x).shape) - len(labels.value(weight).shape) + 1
     _pin_kernel(labels, record, x, weight, channel)
@@ -165,6 +174,7 @@ def _batch_norm(labels: Labels, record: Record) -> None:
     channels = labels.single(x, 1)
     scaled = isinstance(record.args[1], Ref)
     producers: frozenset[int] = frozenset()
+    zero = {ref: False for ref in own}
     for ref in own:
         factor = labels.single(ref, 0)
         if factor is None or channels is None:
@@ -174,12 +184,15 @@ def _batch_norm(labels: Labels, record: Record) -> None:
             continue
         labels.tie(channels.labels, factor.labels, FIXED_INPUT, record.where)
         producers |= labels.make(factor.labels, record)
+        zero[ref] = factor.z
     if channels is None:
         labels.assign(record.outputs[0], [])
         return
     if scaled:
         labels.inner |= channels.producers - producers
-    z = scaled or channels.z
+    scale, shift, *statistics = (zero.get(a, True) for a in record.args[1:5])
+    centred = channels.z and (not statistics or statistics[0])  # zero less a mean of zero
+    z = shift and ((scaled and scale) or centred)
     kept = [Factor((1,), channels.labels, z, producers if scaled else channels.producers)]
     for f in labels.factors(x):
         if 1 not in f.dims:
@@ -211,9 +224,8 @@ def _recurrent(labels: Labels, record: Record) -> None:
 
     With an initial state of zero, a unit whose rows are zero stays zero at every step.
     """
-    packed = not isinstance(record.args[2], (list, tuple))
-    if packed:
-        _unknown(labels, record)
+    if not isinstance(record.args[3], bool):
+        unknown(labels, record, "a recurrent layer on a packed sequence has no rule yet")
         return
     x, states, weights = record.args[0], list(refs(record.args[1])), list(record.args[2])
     has_bias, n_layers, bidirectional = record.args[3], record.args[4], record.args[7]
@@ -221,15 +233,18 @@ def _recurrent(labels: Labels, record: Record) -> None:
     directions = 2 if bidirectional else 1
     per_cell = 4 if has_bias else 2
     if len(weights) != n_layers * directions * per_cell:
-        _unknown(labels, record)  # a projection
+        unknown(labels, record, "a recurrent layer with a projection has no rule yet")
         return
     gates = GATES[record.op]
     hidden = labels.single(weights[1], 1)
-    z = True
+    z = all(f.z for w in weights for f in labels.factors(w))
     producers: frozenset[int] = frozenset()
     for cell in range(n_layers * directions):
         parameters = weights[cell * per_cell : (cell + 1) * per_cell]
-        if hidden is not None:
+        if hidden is None:
+            for f in (f for p in parameters for f in labels.factors(p)):
+                labels.pin(f.labels, "a recurrent layer needs at least one unit", record.where)
+        else:
             producers |= _cell_rows(labels, record, parameters, hidden.labels, gates)
         columns = labels.single(parameters[0], 1)
         if cell < directions:

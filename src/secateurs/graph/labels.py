@@ -86,6 +86,7 @@ class Labels:
     _live: list[IntArray] = field(default_factory=list)
     _obligations: list[IntArray] = field(default_factory=list)
     _root: dict[int, int] = field(default_factory=dict)
+    _handled: list[IntArray] = field(default_factory=list)
 
     # -- atoms -----------------------------------------------------------------------------
 
@@ -145,8 +146,7 @@ class Labels:
         """Tie a joint factor along all its dims but `keep`."""
         at = factor.dims.index(keep)
         flat = np.moveaxis(factor.labels, at, 0).reshape(factor.labels.shape[at], -1)
-        for column in range(1, flat.shape[1]):
-            self.tie(flat[:, 0], flat[:, column], "a dimension that was split must stay a block")
+        self._tie_columns(flat)
         return replace(factor, dims=(keep,), labels=flat[:, 0].copy())
 
     # -- knowledge -------------------------------------------------------------------------
@@ -154,6 +154,7 @@ class Labels:
     def tie(self, a: IntArray, b: IntArray, reason: str, where: str = "") -> None:
         """Atoms `a[i]` and `b[i]` share their fate; a tie with atom 0 is a pin with `reason`."""
         a, b = a.reshape(-1), b.reshape(-1)
+        self._handled += [a, b]
         differ = a != b
         a, b = a[differ], b[differ]
         pinned = (a == 0) | (b == 0)
@@ -165,9 +166,34 @@ class Labels:
 
     def pin(self, labels: IntArray, reason: str, where: str = "") -> None:
         """These atoms must stay."""
+        self._handled.append(labels.reshape(-1))
         atoms = np.unique(labels)
         if (atoms := atoms[atoms > 0]).size:
             self.pins.append(Pin(atoms, reason, where))
+
+    def _tie_columns(self, flat: IntArray) -> None:
+        """Tie every column of a block to its first."""
+        for column in range(1, flat.shape[1]):
+            self.tie(flat[:, 0], flat[:, column], "it is one block with entries that are fixed")
+
+    def forget(self) -> None:
+        """Start noting anew which atoms a rule has tied or pinned."""
+        self._handled = []
+
+    def left_over(self, ref: Ref, outputs: Iterable[int]) -> IntArray:
+        """Atoms of a value that the last rule neither tied, pinned nor passed on to an output."""
+        passed = [f.labels for out in outputs for f in self.factors(out)]
+        mine = [
+            f.labels.reshape(-1)
+            for f in self.factors(ref)
+            if not any(f.labels is other for other in passed)
+        ]
+        if not mine:
+            return np.zeros(0, dtype=np.int64)
+        known = [*self._handled, *(p.reshape(-1) for p in passed)]
+        if not known:
+            return np.concatenate(mine)
+        return np.setdiff1d(np.concatenate(mine), np.concatenate(known))
 
     def live(self, labels: IntArray) -> None:
         """These atoms take part in a computation (not only in moving data)."""
@@ -247,21 +273,18 @@ class Labels:
 
     def _close_obligations(self, component: IntArray) -> bool:
         """Tie blocks that could lose a set which is not a product; True if something was tied."""
+        held = np.zeros(self.n_atoms, dtype=bool)
+        for pin in self.pins:
+            held[component[pin.atoms]] = True
+        fate = np.where(held[component], 0, component)  # all that is pinned shares its fate
         changed = False
-        remaining = []
         for labels in self._obligations:
-            block = component[labels]
+            block = fate[labels]
             along = [d for d in range(block.ndim) if (block == np.take(block, [0], axis=d)).all()]
-            if len(along) >= block.ndim - 1:
-                remaining.append(labels)
-                continue
-            keep = int(np.argmax(block.shape))
-            flat = np.moveaxis(labels, keep, 0).reshape(labels.shape[keep], -1)
-            for column in range(1, flat.shape[1]):
-                self.tie(flat[:, 0], flat[:, column], "a dimension that was split stays a block")
-            changed = True
-            remaining.append(labels)
-        self._obligations = remaining
+            if len(along) < block.ndim - 1:
+                keep = int(np.argmax(block.shape))
+                self._tie_columns(np.moveaxis(labels, keep, 0).reshape(labels.shape[keep], -1))
+                changed = True
         return changed
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from secateurs.graph.contractions import GATES
 from secateurs.graph.labels import Axis, Labels, Pin
 from secateurs.graph.records import Record, Ref
-from secateurs.graph.rules import CREATE
+from secateurs.graph.elementwise import CREATE
 from secateurs.types import (
     CostDim,
     CostTerm,
@@ -66,7 +66,14 @@ def find_targets(labels: Labels, model: nn.Module) -> Found:
     pinned = np.zeros(labels.n_atoms, dtype=bool)
     pinned[pinned_components] = True
     free = ~pinned[component]
-    families = _families(labels, component, free)
+    families = []
+    for family in _families(labels, component, free):
+        if len(family) > 1:
+            families.append(family)
+            continue
+        free &= component != family[0]
+        why = "it is the only unit of its kind: without it a tensor would be empty"
+        pins[int(family[0])] = Pin(family, why, "")
     hookable = _hookable(labels, model)
     nonzero = labels.reached_nonzero(component)
     groups: dict[str, GroupTarget] = {}
@@ -159,11 +166,11 @@ def _group(
     made = [i for i in axes if i in labels.makers]
     leader = min(made or axes, key=lambda i: _first_record(labels, i))
     kind: Kind = labels.kinds.get(leader, "neuron")
-    stem = labels.axes[leader].name.rpartition(".")[0] or labels.axes[leader].name
-    name = f"{stem}:{kind}"
+    base = f"{stem(labels.axes[leader])}:{kind}"
+    name = base
     number = 2
     while name in taken:
-        name = f"{stem}:{kind}#{number}"
+        name = f"{base}#{number}"
         number += 1
     removal: Literal["producers", "consumers"] = (
         "consumers" if nonzero.intersection(components.tolist()) else "producers"
@@ -265,17 +272,27 @@ def _exclusions(
             continue
         atoms = np.arange(axis.offset, axis.offset + axis.size)
         held = atoms[~free[atoms]]
-        stem = axis.name.rpartition(".")[0] or axis.name
         for c in np.unique(component[held]):
             pin = pins[int(c)]
-            key = (f"{stem}:{labels.kinds[number]}", pin.reason)
+            key = (f"{stem(axis)}:{labels.kinds[number]}", pin.reason)
             found.setdefault(key, Exclusion(key[0], pin.reason, pin.where))
+    mentioned = {name.rpartition(":")[0] for name, _ in found}
+    mentioned |= {stem(a) for a in labels.axes if free[a.offset : a.offset + a.size].any()}
+    for axis in labels.axes:
+        if axis.learned and stem(axis) not in mentioned:
+            pin = pins[int(component[axis.offset])]
+            found.setdefault((axis.name, ""), Exclusion(axis.name, pin.reason, pin.where))
     for op, count in labels.unknown.items():
         text = (
             f"no rule yet ({count} call{'s' if count > 1 else ''}); what it touches is left whole"
         )
         found[(f"operator {op}", text)] = Exclusion(f"operator {op}", text)
     return tuple(found.values())
+
+
+def stem(axis: Axis) -> str:
+    """The module that holds a parameter; the parameter itself at the root."""
+    return axis.name.rpartition(".")[0] or axis.name
 
 
 def _is_main(labels: Labels, axis: Axis) -> bool:

@@ -1,0 +1,118 @@
+"""Write `docs/results.md` from the JSON files in `benchmarks/results`.
+
+python benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parent.parent / "docs" / "results.md"
+
+HEAD = """# Results
+
+Written by `python benchmarks/page.py` from the files in `benchmarks/results`; run
+`make bench` to measure again. Method and controls share the budget, the schedule, the fine-tuning
+and the seeds: they differ in the scores only. The test split is evaluated once for each run. A
+difference is paired (same seed, dense and pruned); ± is the standard error over the seeds.
+"""
+
+
+def main() -> None:
+    parts = [HEAD]
+    rows = json.loads((RESULTS / "tasks.json").read_text())
+    for target, title in (
+        ("structured", "Structured: at most a quarter of the MACs may remain (4x fewer)"),
+        ("weight", "Weights: at most 10 % may remain"),
+    ):
+        parts.append(f"## {title}\n\n{_table(rows, target)}")
+    if (RESULTS / "oracle.json").exists():
+        parts.append(_oracle(json.loads((RESULTS / "oracle.json").read_text())))
+    parts.append(_machine())
+    PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+
+
+def _table(rows: list[dict[str, Any]], target: str) -> str:
+    held = [r for r in rows if r["target"] == target]
+    lines = [
+        "| task | metric | tests | dense | criterion | pruned | difference, points | remains "
+        "| verify error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    last = None
+    for r in held:
+        key = (r["task"], r["full_data"])
+        name = r["task"] + (" (all data)" if r["full_data"] else "")
+        first = (
+            [name, r["metric"], str(r["samples"]["test"]), f"{100 * r['dense']:.2f}"]
+            if key != last
+            else [""] * 4
+        )
+        last = key
+        cells = [
+            *first,
+            r["criterion"],
+            f"{100 * r['pruned']:.2f}{_error(r['pruned_se'])}",
+            f"{100 * r['difference']:+.2f}{_error(r['difference_se'])}",
+            f"{100 * r['remaining']:.1f} %",
+            f"{r['largest_verify_error']:.0e}{'' if r['verified'] else ' FAILED'}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\n{_verdict(held)}\n"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {100 * value:.2f}"
+
+
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    """Where Taylor beats both controls, is level, or loses: two standard errors apart."""
+    groups: dict[tuple[str, bool], dict[str, dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["task"], r["full_data"]), {})[r["criterion"]] = r
+    words: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+    for (task, _), by in groups.items():
+        for control in ("magnitude", "random"):
+            if "taylor" not in by or control not in by:
+                continue
+            gap = by["taylor"]["difference"] - by[control]["difference"]
+            error = sum((by[c]["difference_se"] or 0) ** 2 for c in ("taylor", control)) ** 0.5
+            word = "level with" if abs(gap) <= 2 * error else "ahead of" if gap > 0 else "behind"
+            words[word].append(f"{control} on {task}")
+    told = [f"{word} {', '.join(held)}" for word, held in words.items() if held]
+    return "At two standard errors, Taylor is " + "; ".join(told) + "."
+
+
+def _oracle(data: dict[str, Any]) -> str:
+    tasks = list(dict.fromkeys(r["task"] for r in data["rows"]))
+    criteria = list(dict.fromkeys(r["criterion"] for r in data["rows"]))
+    cell = {(r["task"], r["criterion"]): r for r in data["rows"]}
+    lines = [
+        "## Does the score know what removal does?",
+        "",
+        "Spearman rank correlation between each criterion and the absolute loss change of removing",
+        "each unit exactly (all units of the network, calibration samples, no fine-tuning).",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, data['seeds']))}.",
+        "",
+        "| criterion | " + " | ".join(tasks) + " |",
+        "|---" * (len(tasks) + 1) + "|",
+    ]
+    for c in criteria:
+        found = [cell.get((t, c)) for t in tasks]
+        values = [f"{r['spearman']:+.2f} ± {r['sd']:.2f}" if r else "" for r in found]
+        lines.append(f"| {c} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _machine() -> str:
+    first = (RESULTS / "tasks.jsonl").read_text().splitlines()[0]
+    env = json.loads(first)["environment"]
+    listed = ", ".join(f"{k} {v}" for k, v in env.items() if k != "seed")
+    return f"## Machine\n\n{listed}. Benchmarks run on one thread.\n"
+
+
+if __name__ == "__main__":
+    main()
