@@ -16,7 +16,7 @@ You will see, for every hidden neuron of a network that reads handwritten digits
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from rich.console import Console
@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 import secateurs as sc
+from secateurs.criteria import Criterion, get_criterion
 from secateurs.scoring import score_many
 from secateurs.tasks import dense_checkpoint, get_task
 from secateurs.types import Batch, Graph, Scores
 
 STEPS = (1.0, 0.1, 0.01, 0.001)
+CHEAP = ("directional", "taylor", "gradient", "magnitude", "l2_norm", "random")
 DERIVATIVE = "directional(finish=none)"  # with its sign: below zero, removal would help
 NEEDS = {
     DERIVATIVE: "one backward pass",
@@ -39,7 +41,7 @@ NEEDS = {
     "gradient": "one backward pass, sum of |dL/dw|",
     "magnitude": "the weights only: sum of |w|",
     "l2_norm": "the weights only: their norm",
-    "directional(of=output)": "one forward-mode pass per neuron, no labels",
+    "directional(of=output)": "a forward-mode pass per neuron, no labels",
     "finite_difference(of=output)": "one forward pass per neuron, no labels",
     "random": "nothing: the control",
 }
@@ -71,7 +73,7 @@ def forward_mode(model: nn.Module, graph: Graph, batch: Batch) -> Tensor:
 
 
 def measured(
-    model: nn.Module, graph: Graph, batch: Batch, criteria: list[dict[str, float | str]]
+    model: nn.Module, graph: Graph, batch: Batch, criteria: Sequence[Criterion]
 ) -> dict[str, Tensor]:
     """(n,) values of every criterion, all from one call."""
     loss_fn = nn.functional.cross_entropy
@@ -92,13 +94,10 @@ def main() -> None:
     parts = {"training": as_one_batch(data.calibration), "unseen": as_one_batch(data.validation)}
     graph = sc.trace(model, data.example_inputs.double())
 
-    criteria: list[dict[str, float | str]] = [
-        *({"name": "finite_difference", "step": t} for t in STEPS),
-        {"name": "directional", "finish": "none"},
-        *({"name": name} for name in ("directional", "taylor", "gradient", "magnitude", "l2_norm")),
-        *({"name": name, "of": "output"} for name in ("directional", "finite_difference")),
-        {"name": "random"},
-    ]
+    criteria = [get_criterion("finite_difference", step=t) for t in STEPS]
+    criteria += [get_criterion("directional", finish="none")]
+    criteria += [get_criterion(name) for name in CHEAP]
+    criteria += [get_criterion(n, of="output") for n in ("directional", "finite_difference")]
     values = {part: measured(model, graph, batch, criteria) for part, batch in parts.items()}
     exact = {part: found["finite_difference"] for part, found in values.items()}
     slope = values["unseen"][DERIVATIVE]
@@ -114,7 +113,7 @@ def main() -> None:
     console.print(table)
     print(f"The slope itself is {slope.abs().median().item():.1e} for the median neuron.\n")
 
-    table = Table("2. rank correlation with the exact removal", *parts, "needs", box=None)
+    table = Table("2. rank correlation with removal", *parts, "needs", box=None)
     found = {
         label: [float(spearmanr(values[p][label], exact[p]).statistic) for p in parts]
         for label in NEEDS

@@ -63,22 +63,20 @@ Row = dict[str, float]
 
 
 def preview(task: Task, model: nn.Module, data: Data) -> Table:
-    """What each rule would leave; nothing is changed."""
+    """How many weights and neurons each rule would leave; nothing is changed."""
     graph = sc.trace(model, data.example_inputs)
-    table = Table("1. threshold", "weights left", "of", "neurons left", "of", box=None)
-    asked = [("gradient", "weight"), ("l2_norm", "neuron")]
-    scores = [
-        sc.score(model, data.train, task.loss_fn, criterion=c, granularity=g, graph=graph)
-        for c, g in asked
-    ]
+    batch = data.train, task.loss_fn
+    by_gradient = sc.score(model, *batch, criterion="gradient", granularity="weight", graph=graph)
+    by_norm = sc.score(model, *batch, criterion="l2_norm", granularity="neuron", graph=graph)
+    table = Table("1. threshold", "weights left", "neurons left", box=None)
     for name, thresholds in RULES.items():
         cells = []
-        for found, threshold in zip(scores, thresholds, strict=True):
+        for scores, threshold in zip((by_gradient, by_norm), thresholds, strict=True):
+            total = sum(len(line) for line in scores.values.values())
             try:
-                left = str(sum(sc.allocate(found, threshold).kept.values()))
+                cells.append(f"{sum(sc.allocate(scores, threshold).kept.values())} of {total}")
             except sc.PruningError:
-                left = "refused: a layer would be empty"
-            cells += [left, str(sum(len(v) for v in found.values.values()))]
+                cells.append("refused: it would empty a layer")
         table.add_row(name, *cells)
     return table
 
@@ -125,15 +123,15 @@ def main() -> None:
             console.print(preview(task, model, data), "")
         runs.append(compared(task, model, data))
 
-    dense = runs[0]["dense"]
-    table = Table("2. mean of three networks", "accuracy, %", *list(dense)[1:], box=None)
-    means: dict[str, Row] = {}
-    for name in runs[0]:
-        means[name] = {k: mean(run[name][k] for run in runs) for k in dense}
+    columns = list(runs[0]["dense"])
+    means = {n: {k: mean(run[n][k] for run in runs) for k in columns} for n in runs[0]}
+    table = Table("2. mean of three networks", "accuracy, % [range]", *columns[1:], box=None)
+    for name, row in means.items():
         low, *_, high = sorted(run[name]["accuracy"] for run in runs)
-        cells = [f"{means[name][k]:,.0f}" for k in list(dense)[1:]]
-        table.add_row(name, f"{means[name]['accuracy']:.1f} [{low:.1f}, {high:.1f}]", *cells)
+        cells = [f"{row[k]:,.0f}" for k in columns[1:]]
+        table.add_row(name, f"{row['accuracy']:.1f} [{low:.1f}, {high:.1f}]", *cells)
     console.print(table, markup=False)
+    dense = means["dense"]
 
     both, weights = means["weights, then neurons"], means["weights by |gradient|"]
     left = {k: f"{both[k] / dense[k]:.0%}" for k in dense}
@@ -142,13 +140,12 @@ def main() -> None:
         f"{left['bytes']} of the file;\nthe weights alone {weights['MACs'] / dense['MACs']:.0%} of "
         "the MACs, because a dense layer multiplies zeros like any number."
     )
-    points = {name: row["accuracy"] - means["dense"]["accuracy"] for name, row in means.items()}
-    for cut, count in zip(("weights by |gradient|", "neurons by L2 norm"), (2, 1), strict=True):
-        at = list(points).index(cut)
-        names = list(points)[at : at + count + 1]
-        told = ", ".join(f"{name.strip()} {points[name]:+.1f}" for name in names)
-        print(f"Accuracy in points against dense: {told}.")
-    print(f"weights, then neurons {points['weights, then neurons']:+.1f}.")
+    lost = {name: f"{dense['accuracy'] - row['accuracy']:.1f}" for name, row in means.items()}
+    print(
+        f"Points of accuracy lost: {lost['weights by |gradient|']} by |gradient|, "
+        f"{lost['  as many at random']} at random, {lost['  about as many by |w|']} by |w|, "
+        f"{lost['weights, then neurons']} by both cuts."
+    )
 
 
 if __name__ == "__main__":

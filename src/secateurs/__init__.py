@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateurs.allocation import allocate as allocate
-    from secateurs.diagnose import diagnose as diagnose
+    from secateurs.diagnosis import diagnose as diagnose
     from secateurs.errors import PruningError as PruningError
-    from secateurs.finetune import Finetune as Finetune
-    from secateurs.finetune import finetune as finetune
+    from secateurs.finetuning import Finetune as Finetune
+    from secateurs.finetuning import finetune as finetune
     from secateurs.graph import trace as trace
     from secateurs.masks import apply_masks_ as apply_masks_
     from secateurs.masks import bake_masks_ as bake_masks_
     from secateurs.masks import hold_masks as hold_masks
-    from secateurs.measure import measure as measure
+    from secateurs.measurement import measure as measure
     from secateurs.pipeline import prune as prune
     from secateurs.schedules import Schedule as Schedule
     from secateurs.scoring import score as score
@@ -43,15 +43,15 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "allocate": "allocation",
-    "diagnose": "diagnose",
+    "diagnose": "diagnosis",
     "PruningError": "errors",
-    "Finetune": "finetune",
-    "finetune": "finetune",
+    "Finetune": "finetuning",
+    "finetune": "finetuning",
     "trace": "graph",
     "apply_masks_": "masks",
     "bake_masks_": "masks",
     "hold_masks": "masks",
-    "measure": "measure",
+    "measure": "measurement",
     "prune": "pipeline",
     "Schedule": "schedules",
     "score": "scoring",
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'secateurs' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"secateurs.{_ROOMS[name]}"), name)
-    globals()[name] = value  # also when a room has the same name as its verb
+    globals()[name] = value
     return value
 
 

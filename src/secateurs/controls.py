@@ -5,7 +5,7 @@ A control changes one link of the run and leaves the rest (budget, schedule, fin
     random          scores are noise
     shuffle         scores are permuted inside each target: only the density per layer is left
     invert          the units that matter most go first
-    random-labels   scores are computed on shuffled targets
+    random-labels   scores are computed on targets shuffled among all samples
     reinit          the last cut keeps the structure but starts from fresh weights
 
 References:
@@ -15,7 +15,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,7 @@ from secateurs.errors import ConfigError
 from secateurs.masks import apply_masks_
 from secateurs.types import Batch, Batches, Scores
 
-__all__ = ["CONTROLS", "controlled_scores", "reinitialise_", "shuffled_targets"]
+__all__ = ["CONTROLS", "controlled_scores", "reinitialise_", "resets", "shuffled_targets"]
 
 CONTROLS = ("random", "shuffle", "invert", "random-labels", "reinit")
 """Names that `control` accepts."""
@@ -62,27 +62,57 @@ def _changed(values: Tensor, control: str, generator: torch.Generator) -> Tensor
 
 
 def shuffled_targets(batches: Batches, model: nn.Module, seed: int) -> list[Batch]:
-    """The same batches with targets permuted inside each batch.
+    """The same inputs with targets permuted among all samples; batch sizes stay.
 
     Raises:
-        ConfigError: targets are not tensors with one entry for each sample.
+        ConfigError: targets are not tensors with one entry of one shape for each sample.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shuffled: list[Batch] = []
-    for inputs, targets in iterate(batches, model_device(model)):
-        if not isinstance(targets, Tensor) or targets.dim() == 0:
-            raise ConfigError('control "random-labels" needs targets that are one tensor per batch')
-        order = torch.randperm(len(targets), generator=generator).to(targets.device)
-        shuffled.append((inputs, targets[order]))
-    return shuffled
+    pairs = list(iterate(batches, model_device(model)))
+    found = [targets for _, targets in pairs]
+    if not all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == found[0].shape[1:] for t in found):
+        raise ConfigError(
+            'control "random-labels" needs targets that are one tensor per batch, with entries of '
+            "one shape"
+        )
+    joined = torch.cat(found)
+    order = torch.randperm(len(joined), generator=torch.Generator().manual_seed(seed))
+    parts = joined[order.to(joined.device)].split([len(t) for t in found])
+    return [(inputs, part) for (inputs, _), part in zip(pairs, parts, strict=True)]
+
+
+def resets(model: nn.Module) -> list[Callable[[], object]]:
+    """What gives every module of the model its initial distribution again.
+
+    Raises:
+        ConfigError: modules with parameters of their own that have no `reset_parameters`.
+    """
+    found: list[Callable[[], object]] = []
+    without = []
+    for name, module in model.named_modules():
+        reset = getattr(module, "reset_parameters", None) or getattr(
+            module, "_reset_parameters", None
+        )
+        if callable(reset):
+            found.append(reset)
+        elif next(module.parameters(recurse=False), None) is not None:
+            without.append(f"{name or 'the model'} ({type(module).__name__})")
+    if without:
+        raise ConfigError(
+            'control "reinit" needs reset_parameters() on every module with parameters; '
+            f"it is missing on {', '.join(without)}"
+        )
+    return found
 
 
 def reinitialise_(model: nn.Module, masks: Mapping[str, Tensor], seed: int) -> None:
-    """Give every module its initial distribution again, in place, and apply the masks."""
+    """Give every module its initial distribution again, in place, and apply the masks.
+
+    Raises:
+        ConfigError: as `resets`; nothing is changed then.
+    """
+    calls = resets(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for module in model.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
+        for reset in calls:
+            reset()
     apply_masks_(model, masks)

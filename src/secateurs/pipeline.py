@@ -24,7 +24,7 @@ from secateurs.controls import CONTROLS, controlled_scores, reinitialise_, shuff
 from secateurs.cost import dense_cost
 from secateurs.criteria import get_criterion
 from secateurs.errors import BudgetError, ConfigError, ScoringError, choose
-from secateurs.finetune import Finetune, FinetuneResult, finetune
+from secateurs.finetuning import Finetune, FinetuneResult, finetune
 from secateurs.graph import trace
 from secateurs.masks import apply_masks_
 from secateurs.report.assemble import Outcome, assemble

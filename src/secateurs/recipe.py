@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateurs.errors import ConfigError, choose
-from secateurs.finetune import Finetune
+from secateurs.finetuning import Finetune
 from secateurs.pipeline import Stage
 from secateurs.schedules import Schedule
 from secateurs.types import Budget, Threshold

@@ -18,7 +18,7 @@ from torch import nn
 
 from secateurs.batches import check_batches, iterate, model_device
 from secateurs.errors import ConfigError, DataError
-from secateurs.finetune import Finetune
+from secateurs.finetuning import Finetune
 from secateurs.pipeline import Progress, PruneResult, prune_stages
 from secateurs.recipe import Recipe, import_function
 from secateurs.report import check_available

@@ -364,7 +364,7 @@ remain, in (0, 1]. Did you mean 0.9? (an absolute figure is an int or a text suc
 _SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
-def _amount(where: str, value: float | int | str) -> float | int:
+def _amount(where: str, value: Any) -> float | int:
     if isinstance(value, bool):
         raise ConfigError(f"{where}: expected a number, got {value}")
     if isinstance(value, str):

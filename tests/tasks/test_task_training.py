@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateurs.errors import ConfigError, ScoringError
-from secateurs.finetune import EpochRow
+from secateurs.finetuning import EpochRow
 from secateurs.tasks import Task, TrainRecipe, dense_checkpoint, get_task, train_dense
 from secateurs.tasks.data import Splits, read_cancer
 

@@ -174,7 +174,7 @@ def _batch_norm(labels: Labels, record: Record) -> None:
     channels = labels.single(x, 1)
     scaled = isinstance(record.args[1], Ref)
     producers: frozenset[int] = frozenset()
-    zero = {ref: False for ref in own}
+    zero = dict.fromkeys(own, False)
     for ref in own:
         factor = labels.single(ref, 0)
         if factor is None or channels is None:

@@ -26,6 +26,8 @@ POINTWISE = (
 ).split()
 LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like".split()
 CREATE = "zeros ones full empty new_zeros new_ones new_full new_empty".split()
+
+
 @dataclass(frozen=True)
 class _Operand:
     ref: Ref

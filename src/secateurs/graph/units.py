@@ -15,9 +15,9 @@ import numpy as np
 from torch import nn
 
 from secateurs.graph.contractions import GATES
+from secateurs.graph.elementwise import CREATE
 from secateurs.graph.labels import Axis, Labels, Pin
 from secateurs.graph.records import Record, Ref
-from secateurs.graph.elementwise import CREATE
 from secateurs.types import (
     CostDim,
     CostTerm,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from secateurs.batches import in_mode
-from secateurs.diagnose import Diagnosis, diagnose
-from secateurs.measure import LatencyRow, Measurement, compare_latency, measure, no_gain_reason
+from secateurs.diagnosis import Diagnosis, diagnose
+from secateurs.errors import ConfigError, PruningError, ScoringError
+from secateurs.measurement import LatencyRow, Measurement, compare_latency, measure, no_gain_reason
 from secateurs.report.data import (
     DiagnosisRow,
     MetricRow,
@@ -21,8 +24,8 @@ from secateurs.report.data import (
     VerificationRow,
 )
 from secateurs.report.gather import environment, score_histogram, weight_histograms
-from secateurs.surgery.shrinking import info_of
-from secateurs.surgery.storage import pack
+from secateurs.surgery.shrinking import info_of, slice_masks
+from secateurs.surgery.storage import MASK, pack, pack_bits
 from secateurs.types import (
     Batches,
     Budget,
@@ -36,7 +39,7 @@ from secateurs.types import (
     Scores,
 )
 
-__all__ = ["Outcome", "assemble", "stored_bytes"]
+__all__ = ["Outcome", "assemble", "metrics_of", "stored_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class Outcome:
         maximize: whether a larger metric is better.
         example_inputs, latency: for measuring; batch sizes to time.
         seed, notes: as run.
+        met: False when a threshold could not be applied as often as asked.
     """
 
     dense: nn.Module
@@ -73,6 +77,39 @@ class Outcome:
     latency: tuple[int, ...]
     seed: int
     notes: tuple[str, ...]
+    met: bool = True
+
+
+def metrics_of(model: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:
+    """The metrics of a model by name ("metric" for a bare number), checked.
+
+    Raises:
+        ConfigError: `evaluate` returns an empty dict.
+        ScoringError: `evaluate` fails, or a metric is not a finite number.
+    """
+    if evaluate is None:
+        return {}
+    try:
+        with in_mode(model, training=False), torch.no_grad():
+            answer = evaluate(model)
+    except PruningError:
+        raise
+    except Exception as error:  # the user's function can raise anything
+        raise ScoringError(f"evaluate fails: {type(error).__name__}: {error}") from error
+    found = dict(answer) if isinstance(answer, Mapping) else {"metric": answer}
+    if not found:
+        raise ConfigError("evaluate returned an empty dict; its first entry is the main metric")
+    return {str(name): _finite(str(name), value) for name, value in found.items()}
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float("nan") if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # None, an array of several numbers
+        number = float("nan")
+    if not math.isfinite(number):
+        raise ScoringError(f"evaluate returned {name} = {value!r}; expected a finite number")
+    return number
 
 
 def assemble(run: Outcome) -> Report:
@@ -82,17 +119,16 @@ def assemble(run: Outcome) -> Report:
     rows = [*_metric_rows(run), *_size_rows(run, before, after)]
     latency, reasons = _latency_rows(run, before, after)
     info = info_of(run.small)
-    better = "higher" if run.maximize else "lower"
     reached = _reached(run, before, after)
     asked = [_asked_text(c) for c in run.counts]
     return Report(
         title=type(run.dense).__name__,
         headline=_headline(rows, asked),
-        met=True,
+        met=run.met,
         asked={f"stage {i}" if len(asked) > 1 else "asked": a for i, a in enumerate(asked, 1)},
         reached=reached,
         metric=next(iter(run.dense_metrics), "metric"),
-        metric_better="higher" if better == "higher" else "lower",
+        metric_better="higher" if run.maximize else "lower",
         metric_dense=next(iter(run.dense_metrics.values()), None),
         rows=(*rows, *latency),
         verification=VerificationRow(
@@ -115,29 +151,26 @@ def assemble(run: Outcome) -> Report:
     )
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Size of the model as `save` writes its weights, bytes."""
-    return len(to_bytes(pack(model.state_dict())))
+def stored_bytes(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Size of `model.safetensors` as `save` writes it: weights and masks, bytes."""
+    stored = pack(model.state_dict())
+    stored |= {name + MASK: pack_bits(mask) for name, mask in masks.items()}
+    return len(to_bytes(stored))
 
 
 def _metric_rows(run: Outcome) -> list[MetricRow]:
     """Metrics of both models; the test split is touched here and nowhere else."""
     rows = []
-    better = "higher" if run.maximize else "lower"
     for split, evaluate in (("test", run.test), ("validation", run.evaluate)):
-        if evaluate is None:
-            continue
-        found = []
-        for model in (run.dense, run.small):
-            with in_mode(model, training=False), torch.no_grad():
-                answer = evaluate(model)
-            found.append(dict(answer) if isinstance(answer, Mapping) else {"metric": answer})
+        known = split == "validation"
+        before = run.dense_metrics if known else metrics_of(run.dense, evaluate)
+        after = metrics_of(run.small, evaluate)
         rows += [
             MetricRow(
-                f"{split} {name}", "", float(found[0][name]), float(found[1][name]),
-                better="higher" if better == "higher" else "lower",
+                f"{split} {name}", "", value, after.get(name),
+                better="higher" if run.maximize else "lower",
             )
-            for name in found[0]
+            for name, value in before.items()
         ]  # fmt: skip
     return rows
 
@@ -148,8 +181,11 @@ def _size_rows(run: Outcome, before: Measurement, after: Measurement) -> list[Me
         MetricRow("parameters", "", before.params, after.params),
         MetricRow("non-zeros", "", before.nonzeros, after.nonzeros),
         MetricRow("MACs", "", before.macs, after.macs, note=note or "for one sample"),
-        MetricRow("bytes on disk", "bytes", stored_bytes(run.dense), stored_bytes(run.small)),
-    ]
+        MetricRow(
+            "bytes on disk", "bytes",
+            stored_bytes(run.dense, {}), stored_bytes(run.small, slice_masks(run.plan)),
+        ),
+    ]  # fmt: skip
 
 
 def _latency_rows(
@@ -207,7 +243,7 @@ def _headline(rows: list[MetricRow], asked: list[str]) -> str:
     """What was asked and what was reached, in one line."""
     by_name = {r.name: r for r in rows}
     gains = [
-        f"{row.before / row.after:.1f}x fewer {what}"
+        f"{_times(row.before / row.after)}x fewer {what}"
         for what, row in (("MACs", by_name["MACs"]), ("weights", by_name["non-zeros"]))
         if row.before and row.after and row.after < row.before
     ]
@@ -216,6 +252,12 @@ def _headline(rows: list[MetricRow], asked: list[str]) -> str:
     if main.name == "parameters" or main.before is None or main.after is None:
         return text + "."
     return f"{text}, for {main.name} {main.before:.4g} -> {main.after:.4g}."
+
+
+def _times(ratio: float) -> str:
+    """A ratio, never rounded up: 4.96 -> 4.9, 1.03 -> 1.03."""
+    digits = 1 if ratio >= 1.1 else 3
+    return f"{math.floor(ratio * 10**digits) / 10**digits:g}"
 
 
 def _target_rows(run: Outcome) -> tuple[TargetRow, ...]:

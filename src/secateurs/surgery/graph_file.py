@@ -59,7 +59,7 @@ def graph_to_dict(model: PrunedGraph) -> dict[str, Any]:
         if name not in stored
     }
     assert model._in_spec is not None and model._out_spec is not None
-    first = model.graphs["eval"]._codegen
+    first = model.captured["eval"]._codegen
     assert isinstance(first, _PyTreeCodeGen)
     return {
         "format": 1,
@@ -68,7 +68,7 @@ def graph_to_dict(model: PrunedGraph) -> dict[str, Any]:
         "arguments": list(first.pytree_info.orig_args),
         "in_spec": pytree.treespec_dumps(model._in_spec),
         "out_spec": pytree.treespec_dumps(model._out_spec),
-        "graphs": {mode: _nodes(graph) for mode, graph in model.graphs.items()},
+        "graphs": {mode: _nodes(graph) for mode, graph in model.captured.items()},
     }
 
 

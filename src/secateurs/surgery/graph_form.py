@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from secateurs.errors import CaptureError, SoundnessError
+from secateurs.errors import PruningError, SoundnessError
 from secateurs.graph.capture import export_module, tape_of
 from secateurs.graph.labels import Labels
 from secateurs.graph.rules import interpret
-from secateurs.surgery.slicing import Kept, kept_groups, set_tensor_, slice_module_
+from secateurs.masks import named_tensors
+from secateurs.surgery.slicing import Kept, kept_groups, slice_module_
 from secateurs.types import Inputs
 
-__all__ = ["PrunedGraph", "graph_form"]
+__all__ = ["PrunedGraph", "graph_form", "in_float64"]
 
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
@@ -31,9 +32,10 @@ class PrunedGraph(nn.Module):
     """A model that runs captured graphs over its own parameters.
 
     Attributes:
+        captured: "eval" and, where it could be captured, "train" -> its graph.
         eval_only: True when train mode could not be captured: in train mode, too, the eval graph
             runs (dropout off, batch-norm statistics fixed).
-        graphs: "eval" and, where it could be captured, "train".
+        eval_only_because: why, if so.
     """
 
     def __init__(self, tree: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> None:
@@ -47,8 +49,9 @@ class PrunedGraph(nn.Module):
             self.add_module(name, child)
         first = graphs["eval"]
         self._in_spec, self._out_spec = first._in_spec, first._out_spec
-        self.graphs = {mode: g.graph for mode, g in graphs.items()}
+        self.captured = {mode: g.graph for mode, g in graphs.items()}
         self._forwards = {mode: type(g).forward for mode, g in graphs.items()}
+        self.eval_only_because = ""
 
     @property
     def eval_only(self) -> bool:
@@ -62,9 +65,26 @@ class PrunedGraph(nn.Module):
         new = PrunedGraph.__new__(PrunedGraph)
         memo[id(self)] = new
         for key, value in self.__dict__.items():
-            shared = key in ("graphs", "_forwards", "_in_spec", "_out_spec")
+            shared = key in ("captured", "_forwards", "_in_spec", "_out_spec")
             new.__dict__[key] = value if shared else copy.deepcopy(value, memo)
         return new
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy in float64; a graph form has precisions written into it, which follow."""
+    wide = copy.deepcopy(model).double()
+    if isinstance(wide, PrunedGraph):
+        graph = copy.deepcopy(wide.captured["eval"])
+        for node in graph.nodes:
+            node.args = pytree.tree_map(_widest, node.args)
+            node.kwargs = pytree.tree_map(_widest, node.kwargs)
+        wide._forwards = {"eval": type(fx.GraphModule(wide, graph)).forward}
+    return wide
+
+
+def _widest(x: Any) -> Any:
+    """float64 for any floating-point type, everything else as it is."""
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 
 def graph_form(model: nn.Module, kept: Kept, example_inputs: Inputs) -> PrunedGraph:
@@ -75,35 +95,49 @@ def graph_form(model: nn.Module, kept: Kept, example_inputs: Inputs) -> PrunedGr
         SoundnessError: the plan does not fit the captured graph.
     """
     graphs = {"eval": _rewritten(model, kept, example_inputs, training=False)}
-    with suppress(CaptureError, SoundnessError):  # said on the result: eval_only
+    because = ""
+    try:
         graphs["train"] = _rewritten(model, kept, example_inputs, training=True)
+    except PruningError as error:
+        because = str(error)
     tree = graphs["eval"]
-    slice_module_(tree, _present(tree, kept))
     if "train" in graphs:
-        _share(tree, graphs["train"])
+        _share(tree, graphs["train"], set(named_tensors(model)))
+    slice_module_(tree, _present(tree, kept))
     result = PrunedGraph(tree, graphs)
+    result.eval_only_because = because
     result.train(model.training)
     return result
 
 
 def _present(tree: nn.Module, kept: Kept) -> dict[str, Mapping[int, torch.Tensor]]:
     """The entries of the plan that this graph holds (an unused parameter is not captured)."""
-    names = {n for n, _ in tree.named_parameters(remove_duplicate=False)}
-    names |= {n for n, _ in tree.named_buffers(remove_duplicate=False)}
+    names = named_tensors(tree)
     return {name: dims for name, dims in kept.items() if name in names}
 
 
-def _share(tree: nn.Module, other: nn.Module) -> None:
-    """Add to `tree` what only the other mode's graph holds (batch counters, dropout constants)."""
-    for path, module in other.named_modules():
+def _share(tree: nn.Module, other: fx.GraphModule, original: set[str]) -> None:
+    """Add to `tree` what only the other mode's graph holds; its own constants get new names."""
+    have = named_tensors(tree)
+    for name, tensor in named_tensors(other).items():
+        if name not in original and name in have:
+            for node in other.graph.nodes:
+                if node.op == "get_attr" and node.target == name:
+                    node.target = name + "_train"
+            name += "_train"
+        if name in have:
+            continue
+        path, _, attribute = name.rpartition(".")
         own = tree
         for part in filter(None, path.split(".")):
             if part not in own._modules:
                 own.add_module(part, nn.Module())
             own = own.get_submodule(part)
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and name not in own._parameters and name not in own._buffers:
-                set_tensor_(own, name, tensor)
+        if isinstance(tensor, nn.Parameter):
+            own.register_parameter(attribute, tensor)
+        else:
+            own.register_buffer(attribute, tensor, persistent=name in original)
+    other.recompile()
 
 
 def _rewritten(
@@ -162,11 +196,15 @@ class _Rewriter:
     ) -> None:
         self.labels, self.ids, self.removed, self.kept = labels, ids, removed, kept
 
+    def ident(self, node: Any) -> int:
+        """The value that a node makes."""
+        found = self.ids[node.name]
+        assert isinstance(found, int)
+        return found
+
     def keep(self, node: fx.Node | int, dim: int) -> BoolArray | None:
         """Which positions of a dimension stay; None when all do."""
-        ident = self.ids.get(node.name) if isinstance(node, fx.Node) else node
-        if not isinstance(ident, int):
-            return None
+        ident = node if isinstance(node, int) else self.ident(node)
         factor = self.labels.on(ident, dim)
         if factor is None:
             return None
@@ -199,11 +237,8 @@ def _sizes(argument: int) -> Callable[[_Rewriter, fx.Node], None]:
         shift = args[1] % len(args[0].meta["val"].shape) if argument == 2 else 0
         for i, size in enumerate(sizes):
             keep = self.keep(node, i + shift)
-            if keep is None or (isinstance(size, int) and size == -1):
-                continue
-            if not isinstance(size, int) or size != len(keep):
-                raise self.fail(node, f"its size {size} is computed at run time")
-            sizes[i] = int(keep.sum())
+            if keep is not None and not (isinstance(size, int) and size == -1):
+                sizes[i] = int(keep.sum())  # also where the model computes the dense size
         node.update_arg(argument, sizes)
 
     return handler
@@ -248,6 +283,16 @@ def _bounds(self: _Rewriter, node: fx.Node) -> None:
     node.args = tuple(args)
 
 
+def _squeeze(self: _Rewriter, node: fx.Node) -> None:
+    """Name the dimensions that are squeezed: one that has shrunk to a single unit stays."""
+    shape = self.labels.value(self.ident(node.args[0])).shape
+    given = node.args[1] if len(node.args) > 1 else range(len(shape))
+    dims = [int(d) % len(shape) for d in np.atleast_1d(np.asarray(given))]
+    if any(self.keep(node.args[0], d) is not None for d in dims):
+        node.target = torch.ops.aten.squeeze.dims
+        node.args = (node.args[0], [d for d in dims if shape[d] == 1])
+
+
 def _groups(self: _Rewriter, node: fx.Node) -> None:
     args: list[Any] = list(node.args)
     if len(args) <= 6 or args[6] == 1:
@@ -266,6 +311,7 @@ HANDLERS: dict[str, Callable[[_Rewriter, fx.Node], None]] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _split),
     "slice": _bounds,
     "narrow": _bounds,
+    "squeeze": _squeeze,
     "select": _bounds,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups),
 }

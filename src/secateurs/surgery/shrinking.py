@@ -7,18 +7,17 @@ rewritten sizes, which also works when the Python code has sizes written into it
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
 
-from secateurs.errors import CaptureError, ConfigError, PruningError, SoundnessError, choose
-from secateurs.masks import apply_masks_
+from secateurs.errors import ConfigError, PruningError, SoundnessError, choose
+from secateurs.masks import named_tensors
 from secateurs.surgery.graph_form import graph_form
 from secateurs.surgery.slicing import fix_sizes, slice_module_, sliced
-from secateurs.surgery.verification import Verification, verify
+from secateurs.surgery.verification import Verification, masked_copy, verify
 from secateurs.types import Inputs, Plan
 
 __all__ = ["INFO", "ShrinkInfo", "info_of", "shrink", "slice_masks"]
@@ -108,8 +107,7 @@ def shrink(
 
 
 def _check_shapes(model: nn.Module, plan: Plan) -> None:
-    have = {**dict(model.named_parameters(remove_duplicate=False))}
-    have.update(dict(model.named_buffers(remove_duplicate=False)))  # type: ignore[arg-type]
+    have = named_tensors(model)
     wrong = [
         f"{name}: the plan has {tuple(shape)}, the model "
         f"{tuple(have[name].shape) if name in have else 'none'}"
@@ -121,14 +119,12 @@ def _check_shapes(model: nn.Module, plan: Plan) -> None:
 
 
 def _module_form(model: nn.Module, plan: Plan, example_inputs: Inputs) -> nn.Module:
-    try:
-        small = copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(f"the model cannot be copied: {error}") from error
-    apply_masks_(small, plan.masks)
+    small = masked_copy(model, plan)
     slice_module_(small, plan.kept)
     attributes = fix_sizes(small, model, plan.kept)
     found = verify(model, small, plan, example_inputs)
+    if not found.comparable:
+        raise SoundnessError(found.text())
     setattr(small, INFO, ShrinkInfo("module", found, attributes))
     return small
 
@@ -136,12 +132,14 @@ def _module_form(model: nn.Module, plan: Plan, example_inputs: Inputs) -> nn.Mod
 def _graph_form(
     model: nn.Module, plan: Plan, example_inputs: Inputs, notes: tuple[str, ...]
 ) -> nn.Module:
-    masked = copy.deepcopy(model)
-    apply_masks_(masked, plan.masks)
-    small = graph_form(masked, plan.kept, example_inputs)
+    small = graph_form(masked_copy(model, plan), plan.kept, example_inputs)
     found = verify(model, small, plan, example_inputs)
+    if not found.comparable:
+        notes = (*notes, found.text())
     if small.eval_only:
-        notes = (*notes, "eval only: train mode cannot be captured, so dropout and batch norm rest")
+        because = f" ({small.eval_only_because})" if small.eval_only_because else ""
+        why = f"eval only: train mode cannot be captured{because}, so dropout and batch norm rest"
+        notes = (*notes, why)
     setattr(small, INFO, ShrinkInfo("graph", found, {}, notes))
     return small
 

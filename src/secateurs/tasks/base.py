@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from secateurs.batches import call_model, in_mode, iterate, model_device
 from secateurs.errors import ConfigError, DataError, ScoringError, choose
-from secateurs.finetune import Finetune
+from secateurs.finetuning import Finetune
 from secateurs.tasks.data import Part, Read, Source
 from secateurs.types import Batch, Batches, LossFn
 

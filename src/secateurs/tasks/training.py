@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from secateurs.errors import FileFormatError
-from secateurs.finetune import EpochRow, finetune
+from secateurs.finetuning import EpochRow, finetune
 from secateurs.tasks.base import Data, Task
 
 __all__ = ["dense_checkpoint", "train_dense"]

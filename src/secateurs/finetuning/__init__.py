@@ -7,15 +7,15 @@ everything that is an object (masks, teacher, evaluation) is an argument. A user
 their own needs only `hold_masks` from the room before.
 """
 
-from secateurs.finetune.config import (
+from secateurs.finetuning.config import (
     LR_SCHEDULES,
     OPTIMIZERS,
     EpochRow,
     Finetune,
     FinetuneResult,
 )
-from secateurs.finetune.distillation import distillation_loss
-from secateurs.finetune.loop import finetune
+from secateurs.finetuning.distillation import distillation_loss
+from secateurs.finetuning.loop import finetune
 
 __all__ = [
     "LR_SCHEDULES",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateurs.diagnose import Diagnosis, LayerHealth, compare, diagnose
+from secateurs.diagnosis import Diagnosis, LayerHealth, compare, diagnose
 from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError
 from secateurs.types import Batch
 

@@ -22,8 +22,8 @@ from secateurs.batches import (
     model_device,
 )
 from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError
-from secateurs.finetune.config import LR_SCHEDULES, OPTIMIZERS, EpochRow, Finetune, FinetuneResult
-from secateurs.finetune.distillation import distillation_loss
+from secateurs.finetuning.config import LR_SCHEDULES, OPTIMIZERS, EpochRow, Finetune, FinetuneResult
+from secateurs.finetuning.distillation import distillation_loss
 from secateurs.masks import check_masks, hold_masks, named_tensors
 from secateurs.types import Batches, Evaluate, Inputs, LossFn
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import CaptureError, ConfigError, DataError
-from secateurs.measure import (
+from secateurs.measurement import (
     LatencyRow,
     compare_latency,
     macs,

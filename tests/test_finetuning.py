@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError, SoundnessError
-from secateurs.finetune import (
+from secateurs.finetuning import (
     LR_SCHEDULES,
     OPTIMIZERS,
     EpochRow,
