@@ -1,6 +1,6 @@
 """The figures of the documentation, drawn from one real run.
 
-    python docs/make_figures.py            run (about five minutes on one core), then draw
+    python docs/make_figures.py            run (ten minutes on one core), then draw
     python docs/make_figures.py --draw     draw again from the numbers of the last run
 
 ResNet-20 on Fashion-MNIST (10,000 training images) is pruned to a quarter of its MACs in four
@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "seed": 0,
 }
 INK, MUTED, KEPT, GONE, CUT = "#1f2933", "#61707d", "#0b6bcb", "#d5dbe1", "#c2410c"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "secateurs",
     "font.family": "sans-serif",
@@ -88,7 +88,7 @@ def _schedule(axes: Any, report: dict[str, Any]) -> None:
     axes.set_xlabel("MACs that remain, % (pruning goes to the right)")
     axes.set_ylabel("validation accuracy, %")
     axes.set_title("Accuracy along the schedule", loc="left", fontsize=11)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="center left")
 
 
 def main() -> None:

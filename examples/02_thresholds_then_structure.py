@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 
 import torch
@@ -109,7 +108,7 @@ def compared(task: Task, model: nn.Module, data: Data) -> dict[str, Row]:
         )
         with tempfile.TemporaryDirectory() as folder:
             file = sc.save(result.model, result.plan, folder) / "model.safetensors"
-            rows[name] = cost(task, data, result.model, Path(file).stat().st_size)
+            rows[name] = cost(task, data, result.model, file.stat().st_size)
     return rows
 
 
@@ -142,9 +141,10 @@ def main() -> None:
     )
     lost = {name: f"{dense['accuracy'] - row['accuracy']:.1f}" for name, row in means.items()}
     print(
-        f"Points of accuracy lost: {lost['weights by |gradient|']} by |gradient|, "
+        f"Points of accuracy lost, weights: {lost['weights by |gradient|']} by |gradient|, "
         f"{lost['  as many at random']} at random, {lost['  about as many by |w|']} by |w|, "
-        f"{lost['weights, then neurons']} by both cuts."
+        f"{lost['weights, then neurons']} by both cuts;\nneurons: "
+        f"{lost['neurons by L2 norm']} by norm, {lost['  as many at random ']} at random."
     )
 
 

@@ -5,11 +5,11 @@ layers hardly learn. A gradient score is then small because of depth, not becaus
 useless, and a cut that compares neurons across layers is misled.
 
 You will see, for three networks of ten layers that read handwritten digits (sigmoid as PyTorch
-initialises it, sigmoid from larger weights, ReLU with He initialisation):
+initialises it, sigmoid from wider weights, ReLU with He initialisation):
 
 1. the gradient of every layer before and after half of the neurons are pruned;
-2. which layers are flagged, where a global cut takes its neurons, and the accuracy before the cut,
-   after it and after fine-tuning.
+2. accuracy and flagged layers before the cut, after it and after fine-tuning, by which factor the
+   cut changes the gradient per weight (median layer), and what a global cut would leave per layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import secateurs as sc
-from secateurs.diagnose import Diagnosis, compare
+from secateurs.diagnosis import Diagnosis, compare
 from secateurs.tasks import Data, Task, get_task
 
 DEPTH, WIDTH = 10, 32
@@ -39,7 +39,7 @@ def network(kind: str) -> nn.Module:
         linear = nn.Linear(WIDTH if i else 64, WIDTH)
         if kind == "ReLU, He":
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-        elif kind == "sigmoid, larger weights":
+        elif kind == "sigmoid, wider":
             nn.init.xavier_normal_(linear.weight, gain=4.0)  # the slope of a sigmoid is 1/4 at most
         layers += [linear, nn.ReLU() if kind == "ReLU, He" else nn.Sigmoid()]
     return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
@@ -83,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     task, console = get_task("digits-mlp"), Console(width=110)
     data = task.load(seed=0)
-    kinds = ("sigmoid", "sigmoid, larger weights", "ReLU, He")
+    kinds = ("sigmoid", "sigmoid, wider", "ReLU, He")
     stories = {kind: tell(kind, task, data) for kind in kinds}
 
     table = Table("1. gradient norm, trained > pruned", *kinds, box=None)
@@ -96,28 +96,30 @@ def main() -> None:
         table.add_row(f"layer {i + 1}", *cells)
     console.print(table, "", markup=False)
 
-    table = Table("2. network", "accuracy trained, cut, healed", "layers flagged", box=None)
-    table.add_column("neurons kept, layer by layer, by a global cut")
+    table = Table("2. trained, cut, healed", "accuracy", "layers flagged", box=None)
+    table.add_column("gradient x")
+    table.add_column("a global cut would keep", no_wrap=True)
     for kind, story in stories.items():
+        rows = compare(story.trained, story.pruned)
+        ratio = median(row.grad_ratio for row in rows if row.grad_ratio is not None)
         flagged = [len(d.flagged) for d in (story.trained, story.pruned, story.healed)]
         table.add_row(
             kind,
             ", ".join(f"{a:.1%}" for a in story.accuracy),
             ", ".join(map(str, flagged)),
+            f"{ratio:.2g}",
             " ".join(map(str, story.kept_globally)),
         )
     console.print(table)
 
-    print(f"\nThe diagnosis of the sigmoid network: {stories['sigmoid'].trained.verdict}\n")
-    for kind, story in stories.items():
-        rows = compare(story.trained, story.pruned)
-        ratio = median(row.grad_ratio for row in rows if row.grad_ratio is not None)
-        mended = [r.name for r in rows if r.flag_before != "ok" and r.flag_after == "ok"]
-        gain = 100 * (story.accuracy[2] - story.accuracy[0])
-        print(
-            f"{kind}: the cut changes the gradient per weight {ratio:.2g}-fold (median layer) and "
-            f"mends {len(mended)} layers; after healing {gain:+.1f} points of accuracy."
-        )
+    print(f"\nThe diagnosis of the sigmoid network: {stories['sigmoid'].trained.verdict}")
+    n_before = sum(len(s.trained.flagged) for s in stories.values())
+    n_after = sum(len(s.healed.flagged) for s in stories.values())
+    better = [k for k, s in stories.items() if s.accuracy[2] > s.accuracy[0] + 0.005]
+    print(
+        f"Pruning half of the neurons took the flagged layers from {n_before} to {n_after} in "
+        f"all, and made {len(better)} of {len(stories)} networks more accurate by half a point."
+    )
 
 
 if __name__ == "__main__":

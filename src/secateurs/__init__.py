@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     from secateurs.masks import bake_masks_ as bake_masks_
     from secateurs.masks import hold_masks as hold_masks
     from secateurs.measurement import measure as measure
+    from secateurs.pipeline import Stage as Stage
     from secateurs.pipeline import prune as prune
+    from secateurs.pipeline import prune_stages as prune_stages
     from secateurs.schedules import Schedule as Schedule
     from secateurs.scoring import score as score
+    from secateurs.scoring import score_many as score_many
     from secateurs.selection import select as select
     from secateurs.surgery import load as load
     from secateurs.surgery import save as save
@@ -53,8 +56,11 @@ _ROOMS = {
     "hold_masks": "masks",
     "measure": "measurement",
     "prune": "pipeline",
+    "prune_stages": "pipeline",
+    "Stage": "pipeline",
     "Schedule": "schedules",
     "score": "scoring",
+    "score_many": "scoring",
     "select": "selection",
     "load": "surgery",
     "save": "surgery",

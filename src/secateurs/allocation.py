@@ -25,6 +25,7 @@ from secateurs.types import (
     IntArray,
     Scores,
     Threshold,
+    WeightTarget,
 )
 
 __all__ = ["ALLOCATORS", "Problem", "allocate", "allocator"]
@@ -116,7 +117,8 @@ def allocate(
         `Counts` with what they leave of the dense model.
 
     Raises:
-        ConfigError: an option out of range, or weights and structure mixed.
+        ConfigError: an option out of range, weights and structure mixed, or a budget in MACs for
+            single weights.
         BudgetError: the budget cannot be reached, or the threshold would leave too little.
     """
     choose(method, ALLOCATORS, "allocation method")
@@ -189,6 +191,11 @@ def _spend(
 ) -> tuple[Allocation, dict[str, float]]:
     """Counts for a budget, and the lowest score that each target keeps."""
     quantity = asked.quantity
+    if quantity == "macs" and any(isinstance(graph.targets[n], WeightTarget) for n in orders):
+        raise ConfigError(
+            "zeros among single weights save no dense multiply-adds: Budget(macs=...) cannot be met"
+            " at weight granularity. Use params= or units=, or prune structure"
+        )
     n_units = {name: len(order) for name, order in orders.items()}
     total = sum(n_units.values()) if quantity == "units" else getattr(dense_cost(graph), quantity)
     if not total:

@@ -30,6 +30,8 @@ __all__ = ["CONTROLS", "controlled_scores", "reinitialise_", "resets", "shuffled
 
 CONTROLS = ("random", "shuffle", "invert", "random-labels", "reinit")
 """Names that `control` accepts."""
+FRESH = 10**6
+"""Added to the seed of a fresh start, which may be the one that the model was built from."""
 
 
 def controlled_scores(scores: Scores, control: str | None, seed: int) -> Scores:
@@ -69,14 +71,16 @@ def shuffled_targets(batches: Batches, model: nn.Module, seed: int) -> list[Batc
     """
     pairs = list(iterate(batches, model_device(model)))
     found = [targets for _, targets in pairs]
-    if not all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == found[0].shape[1:] for t in found):
+    if not all(
+        isinstance(t, Tensor) and t.dim() and t.shape[1:] == found[0].shape[1:] for t in found
+    ):
         raise ConfigError(
             'control "random-labels" needs targets that are one tensor per batch, with entries of '
             "one shape"
         )
     joined = torch.cat(found)
     order = torch.randperm(len(joined), generator=torch.Generator().manual_seed(seed))
-    parts = joined[order.to(joined.device)].split([len(t) for t in found])
+    parts = torch.split(joined[order.to(joined.device)], [len(t) for t in found])
     return [(inputs, part) for (inputs, _), part in zip(pairs, parts, strict=True)]
 
 
@@ -112,7 +116,7 @@ def reinitialise_(model: nn.Module, masks: Mapping[str, Tensor], seed: int) -> N
     """
     calls = resets(model)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + FRESH)
         for reset in calls:
             reset()
     apply_masks_(model, masks)

@@ -175,11 +175,11 @@ def no_gain_reason(
         )
     if macs_after > 0.95 * macs_before:
         return head + f"the multiply-adds hardly fell ({macs_before:.3g} -> {macs_after:.3g})"
-    total = macs_before * before.batch_size
-    rate = total / (before.median_ms / 1e3)
-    if before.median_ms < TINY_CALL_MS or rate < BUSY_MACS_PER_S:
+    total = macs_after * after.batch_size
+    rate = total / (after.median_ms / 1e3)
+    if after.median_ms < TINY_CALL_MS or rate < BUSY_MACS_PER_S:
         return head + (
-            f"at {total:.2g} multiply-adds per call ({rate / 1e9:.2g} billion per second) the "
+            f"with {total:.2g} multiply-adds left per call ({rate / 1e9:.2g} billion per second) the "
             "fixed cost of calling each operator dominates, not the arithmetic; "
             "try larger batches, fewer layers or a compiled runtime"
         )

@@ -8,23 +8,38 @@ and exactly one of `budget` and `threshold`; `stages` holds a list of such block
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from difflib import get_close_matches
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from secateurs.allocation import ALLOCATORS
+from secateurs.controls import CONTROLS
+from secateurs.criteria import get_criterion
 from secateurs.errors import ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.pipeline import Stage
 from secateurs.schedules import Schedule
-from secateurs.types import Budget, Threshold
+from secateurs.types import Budget, Threshold, expand_granularity
 
-__all__ = ["Recipe", "StageRecipe", "import_function", "override", "read_recipe"]
+__all__ = ["Recipe", "StageRecipe", "import_function", "override", "parse_recipe", "read_recipe"]
 
 
 class StageRecipe(BaseModel):
@@ -39,9 +54,27 @@ class StageRecipe(BaseModel):
     allocation: str = "uniform"
     schedule: Schedule | None = None
     finetune: Finetune | None = None
-    min_keep: int = 1
-    round_to: int = 1
+    min_keep: PositiveInt = 1
+    round_to: PositiveInt = 1
     control: str | None = None
+
+    @field_validator("criterion", "granularity", "allocation", "control")
+    @classmethod
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "criterion":
+            get_criterion(value)
+        elif info.field_name == "granularity":
+            expand_granularity(value)
+        elif value is not None:
+            known = ALLOCATORS if info.field_name == "allocation" else CONTROLS
+            choose(value, known, str(info.field_name))
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not getattr(self, "stages", None):
+            self.stage()
+        return self
 
     def stage(self) -> Stage:
         """The block as an argument of `prune_stages`; checks names and ranges."""
@@ -55,16 +88,17 @@ class StageRecipe(BaseModel):
 
 
 class Recipe(StageRecipe):
-    """A whole run.
+    """A whole run, made by `read_recipe` or `parse_recipe`.
 
     Attributes:
         task: a built-in task; or
         model, data: import paths of functions: `model()` returns a trained module, `data()` a dict
             with "train", "validation" and "test" (re-iterable batches) and, if wanted,
             "calibration" (batches for scoring) and "example_inputs".
-        loss: import path of `loss_fn(outputs, targets)`.
-        metric: import path of `metric(model, batches) -> float or dict`, larger = better; None:
+        loss: with model and data, import path of `loss_fn(outputs, targets)`; None: cross entropy.
+        metric: with model and data, import path of `metric(model, batches) -> float or dict`; None:
             accuracy.
+        maximize: whether a larger metric is better.
         stages: rounds that run in order, instead of the fields of a single one.
         form: "auto", "module" or "graph".
         seed: of everything random.
@@ -75,27 +109,19 @@ class Recipe(StageRecipe):
     task: str | None = None
     model: str | None = None
     data: str | None = None
-    loss: str = "torch.nn.functional:cross_entropy"
+    loss: str | None = None
     metric: str | None = None
+    maximize: bool = True
     stages: list[StageRecipe] = Field(default_factory=list)
     form: str = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     full_data: bool = False
-    latency: list[int] = Field(default_factory=lambda: [1, 256])
+    latency: list[PositiveInt] = Field(default_factory=lambda: [1, 256])
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.task is None) == (self.model is None):
-            raise ValueError("give exactly one of task, and model with data")
-        if (self.model is None) != (self.data is None):
-            raise ValueError("model and data belong together: give both or neither")
-        own = sorted(set(StageRecipe.model_fields) & self.model_fields_set)
-        if self.stages and own:
-            raise ValueError(f"with stages, move {', '.join(own)} into a stage")
-        choose(self.form, ["auto", "module", "graph"], "form")
-        for block in self.stages or [self]:
-            block.stage()
-        return self
+    @field_validator("form")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        return choose(value, ["auto", "module", "graph"], "form")
 
     def all_stages(self) -> list[Stage]:
         """The rounds, whether one or several."""
@@ -103,26 +129,25 @@ class Recipe(StageRecipe):
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run, defaults included, without what is not set."""
-        full = self.model_dump(mode="json", exclude_none=True)
-        for block in [full, *full.get("stages", [])]:
-            stage = self if block is full else None
-            if stage is not None and self.stages:
-                for name in StageRecipe.model_fields:
-                    block.pop(name, None)
-            elif "schedule" not in block and "budget" in block:
-                block["schedule"] = {"curve": "cubic", "steps": 5}
-        if not full.get("stages"):
-            full.pop("stages", None)
-        return full
+        own = set(StageRecipe.model_fields)
+        full = self.model_dump(mode="json", exclude_none=True, exclude=own | {"stages"})
+        blocks = []
+        for stage in self.stages or [self]:
+            block = stage.model_dump(mode="json", exclude_none=True, include=own)
+            block["schedule"] = asdict(stage.stage().steps)
+            blocks.append({k: block[k] for k in StageRecipe.model_fields if k in block})
+        return {**full, **({"stages": blocks} if self.stages else blocks[0])}
 
     def anchored(self, base: Path | None) -> Recipe:
-        """The same recipe with file paths made absolute, so that it runs from anywhere."""
+        """The same recipe with absolute file paths, so that it runs from anywhere."""
         changed = {}
         for name in ("model", "data", "loss", "metric"):
-            path = getattr(self, name)
-            place, colon, function = (path or "").rpartition(":")
+            place, colon, function = (getattr(self, name) or "").rpartition(":")
+            beside = base / f"{place}.py" if base and "." not in place else None
             if place.endswith(".py"):
-                changed[name] = f"{find_file(place, base)}{colon}{function}"
+                changed[name] = f"{find_file(place, name, base)}{colon}{function}"
+            elif beside is not None and beside.is_file() and find_spec(place) is None:
+                changed[name] = f"{beside.resolve()}{colon}{function}"
         return self.model_copy(update=changed)
 
     def to_yaml(self) -> str:
@@ -151,41 +176,109 @@ def read_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"recipe {file} does not exist")
+        what = "is a directory" if file.is_dir() else "does not exist"
+        raise ConfigError(f"recipe {file} {what}{_near_file(file)}")
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{file}{line}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+        raise ConfigError(f"{file}: not valid YAML in UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{file} holds {type(data).__name__}, not a mapping of keys to values")
+        held = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise ConfigError(f"{file} {held}; a recipe is a mapping of keys to values")
     for text in overrides:
         override(data, text)
     return parse_recipe(data, str(file))
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that appears twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"key {key.value!r} appears twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def parse_recipe(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Validate a recipe that is a mapping already; errors as `read_recipe`."""
+    problems = set(_conflicts(data))
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems = sorted({_problem(dict(e)) for e in error.errors()})
-        raise ConfigError(f"{where}:\n  " + "\n  ".join(problems)) from error
+        problems |= set(_problems(data, [dict(e) for e in error.errors()]))
+    if problems:
+        raise ConfigError(f"{where}:\n  " + "\n  ".join(sorted(problems)))
+    return recipe
 
 
-def _problem(error: Mapping[str, Any]) -> str:
-    """One line for one fault: the key, what is wrong, the nearest key."""
-    skip = {"function-after[_consistent(), Recipe]"}
-    parts = [str(p) for p in error["loc"] if str(p) not in skip and not str(p)[:1].isupper()]
-    place = ".".join(parts) or "recipe"
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        near = get_close_matches(parts[-1], _known_keys(parts[:-1]), n=1, cutoff=0.5)
-        return f"{place}: unknown key" + (f". Did you mean {near[0]!r}?" if near else "")
-    text = str(error["msg"]).removeprefix("Value error, ")
-    return f"{place}: {text}"
+def _conflicts(data: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between keys; one line each."""
+    given = {str(key) for key, value in data.items() if value is not None}
+    own = sorted(given & {"model", "data"})
+    if "task" in given:
+        for name in sorted(given & {"loss", "metric", "model", "data"}):
+            yield f"{name}: a task has its own; give task, or model with data"
+    elif not own:
+        yield "recipe: give task, or model with data"
+    elif len(own) == 1:
+        yield f"{own[0]}: model and data belong together: give both or neither"
+    if own and data.get("full_data"):
+        yield "full_data: is for a task only"
+    listed = data.get("stages")
+    stages = listed if isinstance(listed, list) else []
+    of_stage = sorted(given & set(StageRecipe.model_fields))
+    if stages and of_stage:
+        yield f"stages: move {', '.join(of_stage)} into a stage"
+    blocks = {f"stages.{i}": block for i, block in enumerate(stages)} or {"recipe": data}
+    for place, block in blocks.items():
+        if isinstance(block, Mapping):
+            known = block.get("budget") is not None, block.get("threshold") is not None
+            if sum(known) != 1:
+                yield f"{place}: give exactly one of budget and threshold"
+
+
+def _problems(data: Mapping[str, Any], errors: list[dict[str, Any]]) -> Iterator[str]:
+    """One line for each faulty place: the key, what is wrong, the nearest key."""
+    found: dict[str, list[str]] = {}
+    for error in errors:
+        parts = _path(data, error)
+        if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            near = get_close_matches(parts[-1], _known_keys(parts[:-1]), n=1, cutoff=0.5)
+            text = "unknown key" + (f". Did you mean {near[0]!r}?" if near else "")
+        else:
+            text = str(error["msg"]).removeprefix("Value error, ")
+            if text.startswith("Input should be "):
+                text = re.split(r" or (an )?instance", text)[0].replace("dictionary", "mapping")
+                text = f"got {error['input']!r}, " + text.removeprefix("Input ")
+        found.setdefault(".".join(parts) or "recipe", []).append(text)
+    for place, texts in found.items():
+        first, *others = texts  # several: none of the types that are allowed here fits
+        yield f"{place}: " + " or ".join(
+            [first, *(t.partition("should be ")[2] or t for t in others)]
+        )
+
+
+def _path(data: Any, error: Mapping[str, Any]) -> list[str]:
+    """The keys of an error's location; pydantic puts names of types between them."""
+    parts = []
+    for part in error["loc"]:
+        inside = isinstance(data, Mapping) and part in data
+        if inside or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        parts.append(str(part))
+    return parts
 
 
 def _known_keys(path: list[str]) -> list[str]:
@@ -218,19 +311,24 @@ def override(data: dict[str, Any], text: str) -> None:
     *parents, last = key.strip().split(".")
     place: Any = data
     for part in parents:
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise ConfigError(f"--set {text!r}: there is no entry {part} ({len(place)} stages)")
+        if isinstance(place, dict):
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+        elif isinstance(place, list) and part.isdigit() and int(part) < len(place):
             place = place[int(part)]
-            continue
-        if place.get(part) is None:
-            place[part] = {}
-        place = place[part]
-        if not isinstance(place, (dict, list)):
-            raise ConfigError(f"--set {text!r}: {part} is {place!r}, it has no keys below it")
+        else:
+            raise ConfigError(f"--set {text!r}: {_no_key(place, part)}")
     if not isinstance(place, dict):
-        raise ConfigError(f"--set {text!r}: name the stage by its number, as in stages.0.criterion")
+        raise ConfigError(f"--set {text!r}: {_no_key(place, last)}")
     place[last] = parsed
+
+
+def _no_key(place: Any, part: str) -> str:
+    if isinstance(place, list):
+        numbers = f"0 to {len(place) - 1}" if place else "none yet"
+        return f"a list has no key {part!r}; name an entry by its number ({numbers}), then its key"
+    return f"{place!r} has no key {part!r} below it"
 
 
 def import_function(path: str, what: str, base: Path | None = None) -> Callable[..., Any]:
@@ -247,13 +345,20 @@ def import_function(path: str, what: str, base: Path | None = None) -> Callable[
     place, colon, name = path.rpartition(":")
     if not colon or not place or not name:
         raise ConfigError(f"{what}: {path!r}: write package.module:function or file.py:function")
+    folders = [folder for folder in (base, Path.cwd()) if folder is not None]
     try:
-        module = _load_file(place, base) if place.endswith(".py") else _load_module(place, base)
+        if place.endswith(".py"):
+            module = _load_file(find_file(place, what, base))
+        else:
+            _add_to_path(*folders)
+            module = importlib.import_module(place)
     except ConfigError:
         raise
-    except Exception as error:  # the user's module can raise anything while it is imported
+    except (Exception, SystemExit) as error:  # importing the user's module can raise anything
+        missing = isinstance(error, ModuleNotFoundError) and place.startswith(str(error.name))
+        hint = _near_module(place, folders) if missing else ""
         raise ConfigError(
-            f"{what}: importing {place} fails: {type(error).__name__}: {error}"
+            f"{what}: importing {place} fails: {type(error).__name__}: {error}{hint}"
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
@@ -264,14 +369,24 @@ def import_function(path: str, what: str, base: Path | None = None) -> Callable[
     return function
 
 
-def _load_module(name: str, base: Path | None) -> Any:
-    for folder in (str(base) if base else "", str(Path.cwd())):
-        if folder and folder not in sys.path:
+def _add_to_path(*folders: Path) -> None:
+    for folder in map(str, folders):
+        if folder not in sys.path:
             sys.path.append(folder)
-    return importlib.import_module(name)
 
 
-def find_file(place: str, base: Path | None) -> Path:
+def _near_module(name: str, folders: list[Path]) -> str:
+    """The nearest module that exists, as a hint; empty if none is near."""
+    parent, _, last = name.rpartition(".")
+    try:
+        places = list(importlib.import_module(parent).__path__) if parent else map(str, folders)
+    except (ImportError, AttributeError):
+        return ""
+    near = get_close_matches(last, [m.name for m in iter_modules(places)], n=1)
+    return f". Did you mean {'.'.join(filter(None, [parent, near[0]]))!r}?" if near else ""
+
+
+def find_file(place: str, what: str, base: Path | None) -> Path:
     """The absolute path of a user's file, relative to the recipe or to the current directory.
 
     Raises:
@@ -281,19 +396,27 @@ def find_file(place: str, base: Path | None) -> Path:
     tried = [given] if given.is_absolute() else [*([base / given] if base else []), given]
     file = next((p for p in tried if p.is_file()), None)
     if file is None:
-        raise ConfigError(f"file {place} does not exist (looked at {', '.join(map(str, tried))})")
+        hint = next(filter(None, map(_near_file, tried)), "")
+        looked = ", ".join(dict.fromkeys(map(str, tried)))
+        raise ConfigError(f"{what}: file {place} does not exist (looked at {looked}){hint}")
     return file.resolve()
 
 
-def _load_file(place: str, base: Path | None) -> Any:
-    file = find_file(place, base)
+def _near_file(file: Path) -> str:
+    names = [p.name for p in file.parent.glob(f"*{file.suffix}")] if file.parent.is_dir() else []
+    near = get_close_matches(file.name, names, n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def _load_file(file: Path) -> Any:
     name = f"secateurs_user_{file.stem}_{abs(hash(file))}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
+    _add_to_path(file.parent)  # as `python file.py` would: it may import its neighbours
+    spec = spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

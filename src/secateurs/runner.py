@@ -8,28 +8,41 @@ recipe is found before anything expensive.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from torch import nn
+from torch import Tensor, nn
 
-from secateurs.batches import check_batches, iterate, model_device
-from secateurs.errors import ConfigError, DataError
+from secateurs.batches import check_batches, iterate, model_device, preserve
+from secateurs.errors import ConfigError, PruningError
 from secateurs.finetuning import Finetune
-from secateurs.pipeline import Progress, PruneResult, prune_stages
+from secateurs.pipeline import Progress, PruneResult, check_request, prune_stages
+from secateurs.pipeline.request import random_state
 from secateurs.recipe import Recipe, import_function
 from secateurs.report import check_available
 from secateurs.report.data import Report
+from secateurs.surgery.shrinking import info_of
 from secateurs.tasks import dense_checkpoint, get_task
 from secateurs.tasks.base import Metric, accuracy
-from secateurs.types import Batches, Inputs, LossFn
+from secateurs.types import Batches, Evaluate, Graph, Inputs, LossFn
 
-__all__ = ["Problem", "check_output", "load_problem", "run_recipe", "write_results"]
+__all__ = [
+    "Problem",
+    "check_output",
+    "check_recipe",
+    "load_problem",
+    "run_recipe",
+    "write_results",
+]
 
-RESULTS = ("model.safetensors", "plan.json", "recipe.yaml", "report.json", "report.html")
+CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
+RESULTS = (
+    "model.safetensors", "plan.json", "graph.json", "recipe.yaml", "report.json", "report.html",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +56,7 @@ class Problem:
             is touched once at the end.
         example_inputs: what to trace with.
         loss_fn: `loss_fn(outputs, targets)`.
-        metric: `metric(model, batches)`, larger = better.
+        metric: `metric(model, batches)`.
         sizes: samples in each split, where known.
     """
 
@@ -63,10 +76,13 @@ def check_output(out: Path, force: bool) -> None:
     """Refuse to overwrite earlier results.
 
     Raises:
-        ConfigError: the directory holds results and `force` is not set, or is a file.
+        ConfigError: the directory holds results and `force` is not set, or cannot be made.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; name a directory")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file; name a directory")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{there} cannot be written to; choose another --out")
     held = [name for name in RESULTS if (out / name).exists()]
     if held and not force:
         raise ConfigError(
@@ -114,41 +130,62 @@ def _own_problem(recipe: Recipe, base: Path | None) -> Problem:
     assert recipe.data is not None
     build = import_function(recipe.model, "model", base)
     read = import_function(recipe.data, "data", base)
-    loss_fn = import_function(recipe.loss, "loss", base)
+    loss_fn = import_function(recipe.loss or CROSS_ENTROPY, "loss", base)
     metric = import_function(recipe.metric, "metric", base) if recipe.metric else accuracy
-    try:
-        model, data = build(), read()
-    except Exception as error:  # the user's functions can raise anything
-        raise ConfigError(
-            f"model or data function fails: {type(error).__name__}: {error}"
-        ) from error
+    with random_state(recipe.seed):
+        model, data = _called(build, recipe.model, "model"), _called(read, recipe.data, "data")
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{recipe.model} returned {type(model).__name__}, expected a Module")
+        raise ConfigError(
+            f"model: {recipe.model} returned {type(model).__name__}, expected a torch.nn.Module"
+        )
     wanted = ("train", "validation", "test")
     missing = [k for k in wanted if not isinstance(data, Mapping) or data.get(k) is None]
     if missing:
         raise ConfigError(
-            f"{recipe.data} must return a dict with {', '.join(wanted)} "
+            f"data: {recipe.data} must return a dict with {', '.join(wanted)} "
             f"(and, if wanted, calibration, example_inputs); missing: {', '.join(missing)}"
         )
-    for split in wanted:
+    for split in (*wanted, *(["calibration"] if data.get("calibration") is not None else [])):
         try:
             check_batches(model, data[split], loss_fn)
-        except DataError as error:
-            raise DataError(f"{split} data: {error}") from error
-    first = next(iter(iterate(data["train"], model_device(model), max_batches=1)))[0]
+        except PruningError as error:
+            raise type(error)(f"{split} data: {error}") from error
+    with preserve(model):
+        inputs, targets = next(iterate(data["train"], model_device(model), max_batches=1))
+    if recipe.metric is None and (not isinstance(targets, Tensor) or targets.is_floating_point()):
+        raise ConfigError("metric: accuracy, the default, needs integer labels; name a metric")
     return Problem(
         name=recipe.model,
         model=model,
         train=data["train"],
-        calibration=data.get("calibration", data["train"]),
+        calibration=data["train"] if data.get("calibration") is None else data["calibration"],
         validation=data["validation"],
         test=data["test"],
-        example_inputs=data.get("example_inputs", first),
+        example_inputs=inputs if data.get("example_inputs") is None else data["example_inputs"],
         loss_fn=loss_fn,
         metric=metric,
         sizes={k: len(data[k].dataset) for k in wanted if hasattr(data[k], "dataset")},
     )
+
+
+def _called(function: Callable[[], Any], path: str, what: str) -> Any:
+    try:
+        return function()
+    except (Exception, SystemExit) as error:  # the user's function can raise anything
+        raise ConfigError(f"{what}: {path} fails: {type(error).__name__}: {error}") from error
+
+
+def check_recipe(recipe: Recipe, problem: Problem) -> Graph:
+    """Find what is wrong with a run before anything expensive; returns the graph.
+
+    Raises:
+        PruningError: whatever `check_request` raises.
+    """
+    return check_request(
+        problem.model, problem.train, problem.loss_fn, recipe.all_stages(),
+        example_inputs=problem.example_inputs, calibration=problem.calibration,
+        evaluate=_on(problem.metric, problem.validation), form=recipe.form, latency=recipe.latency,
+    )  # fmt: skip
 
 
 def run_recipe(
@@ -174,8 +211,9 @@ def run_recipe(
         recipe.all_stages(),
         example_inputs=problem.example_inputs,
         calibration=problem.calibration,
-        evaluate=lambda model: problem.metric(model, problem.validation),
-        test=lambda model: problem.metric(model, problem.test),
+        evaluate=_on(problem.metric, problem.validation),
+        test=_on(problem.metric, problem.test),
+        maximize=recipe.maximize,
         form=recipe.form,
         seed=recipe.seed,
         latency=recipe.latency,
@@ -193,31 +231,47 @@ def run_recipe(
     return result
 
 
+def _on(metric: Metric, batches: Batches) -> Evaluate:
+    return lambda model: metric(model, batches)
+
+
 def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
     """Three things to try next, as commands."""
     where = out or "OUT"
-    again = f"secateurs run {where}/recipe.yaml"
-    main = report.rows[0]
-    lost = 0.0 if main.before is None or main.after is None else main.before - main.after
-    stage = recipe.all_stages()[-1]
     key = f"stages.{len(recipe.stages) - 1}." if recipe.stages else ""
+    stage = recipe.all_stages()[-1]
+
+    def again(change: str, name: str) -> str:
+        change = f"--set {shlex.quote(key + change)} --out {shlex.quote(f'{where}-{name}')}"
+        return f"secateurs run {shlex.quote(f'{where}/recipe.yaml')} {change}"
+
     lines = []
     if stage.budget is not None and isinstance(stage.budget.amount, float):
-        share = stage.budget.amount / 2 if lost <= 0.01 else min(1.0, stage.budget.amount * 1.5)
-        word = "deeper" if lost <= 0.01 else "less deep"
-        change = f"{key}budget.{stage.budget.quantity}={share:.3g}"
-        lines.append(f"cut {word}: {again} --set {change} --out {where}-{word.replace(' ', '-')}")
+        share, quantity = stage.budget.amount, stage.budget.quantity
+        word, share = ("deeper", share / 2) if _hardly_lost(report) else (
+            "less deep", min(1.5 * share, (1 + share) / 2)
+        )  # fmt: skip
+        change = f"budget.{quantity}={share:.3g}"
+        lines.append(f"cut {word}: {again(change, word.replace(' ', '-'))}")
     else:
-        config = replace(stage.finetune or Finetune(epochs=0), epochs=10, steps=None)
-        change = f"{key}finetune.epochs={config.epochs}"
-        lines.append(f"heal longer: {again} --set {change} --out {where}-longer")
-    lines.append(
-        f"is the criterion better than chance? {again} --set {key}control=random "
-        f"--out {where}-random"
-    )
+        config = stage.finetune or Finetune(epochs=5)
+        name = "epochs" if config.steps is None else "steps"
+        change = f"finetune.{name}={2 * (getattr(config, name) or 1)}"
+        lines.append(f"heal longer: {again(change, 'longer')}")
+    control = "random" if stage.budget is not None else "shuffle"
+    lines.append(f"is the criterion better than chance? {again(f'control={control}', control)}")
     factory = "build" if recipe.task is None else f'get_task("{recipe.task}").build'
     lines.append(f'use it: secateurs.load("{where}", {factory})')
     return tuple(lines)
+
+
+def _hardly_lost(report: Report) -> bool:
+    """Whether the main metric fell by no more than a hundredth of itself."""
+    main = report.rows[0]
+    if main.before is None or main.after is None:
+        return True
+    lost = main.before - main.after if main.better == "higher" else main.after - main.before
+    return lost <= 0.01 * abs(main.before)
 
 
 def write_results(result: PruneResult, recipe: Recipe, out: Path, *, force: bool) -> list[Path]:
@@ -228,11 +282,7 @@ def write_results(result: PruneResult, recipe: Recipe, out: Path, *, force: bool
     """
     check_output(out, force)
     result.save(out, force=True)
+    if info_of(result.model).form == "module":
+        (out / "graph.json").unlink(missing_ok=True)  # of an earlier run
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    return [out / name for name in RESULTS]
-
-
-def recipe_text(report: Report) -> str:
-    """The recipe of a report as YAML."""
-    text: Any = yaml.safe_dump(report.recipe, sort_keys=False)
-    return str(text)
+    return [out / name for name in RESULTS if (out / name).exists()]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -365,34 +365,37 @@ _SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
 def _amount(where: str, value: Any) -> float | int:
-    if isinstance(value, bool):
-        raise ConfigError(f"{where}: expected a number, got {value}")
+    no_number = ConfigError(f'{where}: not a number; write for example "120M", 5000 or 0.5')
     if isinstance(value, str):
-        text = value.strip().upper()
-        factor = _SUFFIX.get(text[-1:], 1)
-        digits = text[:-1] if factor > 1 else text
-        try:
-            number = float(digits)
-        except ValueError:
-            number = float("nan")
-        if not np.isfinite(number):
-            raise ConfigError(f'{where}: not a number; write for example "120M", 5000 or 0.5')
-        plain = digits == text and "E" not in text  # YAML reads 1e-1 as a text
-        fraction = (plain and "." in text) or abs(number) < 1
-        value = number if digits == text and fraction else round(number * factor)
+        value = _amount_of_text(value)
+    if isinstance(value, bool) or not isinstance(value, Real) or value != value:
+        raise no_number
     if isinstance(value, Integral):
-        value = int(value)
         if value < 1:
             raise ConfigError(f"{where}: an absolute figure must be at least 1")
-        return value
-    if 0 < value <= 1:
-        return float(value)
-    near = value / 100 if 1 < value <= 100 else None
-    hint = f" Did you mean {near:g}?" if near else ""
+        return int(value)
+    share = float(value)
+    if 0 < share <= 1:
+        return share
+    hint = f" Did you mean {share / 100:g}?" if 1 < share <= 100 else ""
     raise ConfigError(
         f"{where}: a float is the fraction that may remain, in (0, 1].{hint} "
         f'(an absolute figure is an int or a text such as "120M")'
     )
+
+
+def _amount_of_text(text: str) -> float | int | None:
+    """ "120M" -> 120000000, "0.5" -> 0.5, "1e-1" (a text in YAML) -> 0.1; None: not a number."""
+    text = text.strip().upper()
+    factor = _SUFFIX.get(text[-1:], 1)
+    try:
+        number = float(text[:-1] if factor > 1 else text)
+    except ValueError:
+        return None
+    if not np.isfinite(number):
+        return None
+    fraction = abs(number) < 1 or ("." in text and "E" not in text)
+    return number if factor == 1 and fraction else round(number * factor)
 
 
 THRESHOLD_PARAMETER: Mapping[str, str | None] = {

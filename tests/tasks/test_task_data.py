@@ -74,6 +74,7 @@ def test_read_idx_reads_a_literal_file(tmp_path: Path) -> None:
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x03\1\2"), r"says shape \[3\] but holds 2 bytes"),
         (gzip.compress(b""), "not an idx file"),
     ],
+    ids=["plain", "cut-short", "floats", "too-few-bytes", "empty"],
 )
 def test_read_idx_names_what_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.gz"

@@ -13,6 +13,8 @@ from secateurs.cli import demo, run, tasks
 
 __all__ = ["app", "main"]
 
+CTRL_C = 130  # what typer makes of a KeyboardInterrupt
+
 app = typer.Typer(
     help="Make a trained network smaller and faster by gradient-based pruning.",
     no_args_is_help=True,
@@ -38,6 +40,9 @@ def _options(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
+    debug: bool = typer.Option(  # read by `main`, wherever it stands
+        False, "--debug", help="Show the traceback of an error; may stand anywhere."
+    ),
 ) -> None:
     """Make a trained network smaller and faster by gradient-based pruning."""
 
@@ -56,9 +61,11 @@ def main() -> None:
             raise
         print(f"secateurs: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        print("secateurs: interrupted", file=sys.stderr)
-        sys.exit(1)
+    except SystemExit as end:
+        if end.code == CTRL_C:
+            print("secateurs: interrupted", file=sys.stderr)
+            sys.exit(1)
+        raise
     except Exception as error:  # a bug of ours or of the user's functions: name it, no traceback
         if debug:
             raise

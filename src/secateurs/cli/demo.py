@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -37,12 +38,19 @@ def demo(
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Train a small CNN on handwritten digits, prune it by gradients, prove and measure it."""
+    import torch
+
     from secateurs.cli.output import before_after, progress, stderr, stdout
     from secateurs.recipe import parse_recipe
+    from secateurs.report import check_available
     from secateurs.runner import check_output, load_problem, run_recipe, write_results
+    from secateurs.tasks import get_task
 
+    check_available()
     check_output(out, force)
     recipe = parse_recipe(RECIPE, "demo")
+    get_task(RECIPE["task"]).source.require()
+    torch.set_num_threads(1)  # as its controls: the same numbers
     with progress("demo") as step:
         controls = _controls(step)
         problem = load_problem(recipe)
@@ -73,13 +81,19 @@ def _controls(step: Any) -> tuple[ControlRow, ...]:
     jobs = [(criterion, seed) for seed in SEEDS for criterion in CRITERIA]
     found: dict[tuple[str, int], tuple[float, float]] = {}
     total = len(SEEDS) + len(jobs)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_quietly) as pool:
         for n, _ in enumerate(pool.map(_train, SEEDS), start=1):
             step("train the dense network, 3 seeds", n, total)
         for n, (job, pair) in enumerate(zip(jobs, pool.map(_prune, jobs), strict=True), start=1):
             found[job] = pair
             step("prune by taylor, magnitude, random", len(SEEDS) + n, total)
     return tuple(control_row(c, {s: found[(c, s)] for s in SEEDS}) for c in CRITERIA)
+
+
+def _end_quietly() -> None:
+    """A worker ends at once and without a traceback on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _train(seed: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +21,7 @@ from secateurs.pipeline import Progress as Report_
 from secateurs.report.data import MetricRow, Report
 from secateurs.report.words import change, quantity, spread
 
-__all__ = ["before_after", "progress", "stderr", "stdout"]
+__all__ = ["before_after", "prints_to_stderr", "progress", "stderr", "stdout"]
 
 
 def stdout() -> Console:
@@ -32,6 +33,13 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Console for progress and messages."""
     return Console(stderr=True)
+
+
+@contextmanager
+def prints_to_stderr() -> Iterator[None]:
+    """What the user's functions print goes to stderr: stdout is for our data."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from secateurs.recipe import Recipe
     from secateurs.runner import Problem
+    from secateurs.types import Graph
 
 
 def run(
@@ -20,24 +22,37 @@ def run(
     ),
     out: Path = typer.Option(None, "--out", help="Directory of the results [runs/RECIPE]."),
     seed: int = typer.Option(None, "--seed", help="Same as --set seed=N."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan; run nothing."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check everything and print the plan; train and write nothing."
+    ),
     force: bool = typer.Option(False, "--force", help="Overwrite earlier results."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Prune by a recipe and write model, plan, recipe and report to a directory."""
-    from secateurs.cli.output import before_after, progress, stderr, stdout
+    from secateurs.cli.output import before_after, prints_to_stderr, progress, stderr, stdout
     from secateurs.recipe import read_recipe
-    from secateurs.runner import check_output, load_problem, run_recipe, write_results
+    from secateurs.report import check_available
+    from secateurs.runner import (
+        check_output,
+        check_recipe,
+        load_problem,
+        run_recipe,
+        write_results,
+    )
 
     overrides = (*set_, *([f"seed={seed}"] if seed is not None else []))
     base = recipe.parent
     parsed = read_recipe(recipe, overrides).anchored(base)
     where = out or Path("runs") / recipe.stem
+    check_available()
     check_output(where, force or dry_run)
     if dry_run:
-        _describe(parsed, load_problem(parsed, base, train=False), where)
+        with prints_to_stderr():
+            problem = load_problem(parsed, base, train=False)
+            graph = check_recipe(parsed, problem)
+        _describe(parsed, problem, graph, where, as_json)
         return
-    with progress(parsed.task or "model") as step:
+    with prints_to_stderr(), progress(parsed.task or "model") as step:
         step("load (a task is trained the first time)", 0, 1)
         problem = load_problem(parsed, base)
         result = run_recipe(parsed, problem, out=str(where), progress=step)
@@ -56,21 +71,35 @@ def run(
     stderr().print(f"written: {', '.join(str(f) for f in files)}", highlight=False)
 
 
-def _describe(recipe: Recipe, problem: Problem, where: Path) -> None:
+def _describe(recipe: Recipe, problem: Problem, graph: Graph, where: Path, as_json: bool) -> None:
     """The dry run: what would be pruned, by what, into which directory."""
     from secateurs.cost import dense_cost
-    from secateurs.graph import trace
+    from secateurs.pipeline.request import given
 
-    graph = trace(problem.model, problem.example_inputs)
     cost = dense_cost(graph)
+    stages = recipe.all_stages()
+    units = [{t.name: t.n_units for t in graph.select(s.granularity)} for s in stages]
+    if as_json:
+        found = {
+            "recipe": recipe.resolved(),
+            "model": {"name": problem.name, "params": cost.params, "macs": cost.macs},
+            "samples": dict(problem.sizes),
+            "units": units,
+            "excluded": [asdict(e) for e in graph.excluded],
+            "out": str(where),
+        }
+        typer.echo(json.dumps(found, indent=1, allow_nan=False))
+        return
     typer.echo(recipe.to_yaml())
     typer.echo(f"model: {problem.name}: {cost.params:,.0f} parameters, {cost.macs:,.0f} MACs")
-    typer.echo("samples: " + ", ".join(f"{n} {k}" for k, n in problem.sizes.items()))
-    for number, stage in enumerate(recipe.all_stages(), start=1):
-        asked = stage.budget or stage.threshold
-        typer.echo(f"stage {number}: {asked}, {stage.steps}")
-        for target in graph.select(stage.granularity):
-            typer.echo(f"  {target.name}: {target.n_units:,} units")
+    if problem.sizes:
+        typer.echo("samples: " + ", ".join(f"{n} {k}" for k, n in problem.sizes.items()))
+    for number, (stage, names) in enumerate(zip(stages, units, strict=True), start=1):
+        typer.echo(
+            f"stage {number}: {given(stage.budget or stage.threshold)}, {given(stage.steps)}"
+        )
+        for name, n in names.items():
+            typer.echo(f"  {name}: {n:,} units")
     for left in graph.excluded:
         typer.echo(f"left whole: {left.name}: {left.reason}")
     typer.echo(f"would write to {where}")

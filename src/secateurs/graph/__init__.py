@@ -1,8 +1,8 @@
 """Find what can be pruned: `trace(model, example_inputs) -> Graph`.
 
 The flow inside: a front end captures one run as a `Tape` of operator records (`capture`), rules
-interpret it over labels (`rules` and the modules that it lists, `labels`), and the components of the labels
-become targets with their members, sites, costs, and reasons for what is left whole (`units`).
+interpret it over labels (`rules`, which lists the others, and `labels`), and the components of the
+labels become targets with members, sites, costs, and reasons for what is left whole (`units`).
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ records. Both leave the user's model as it was. Other front ends produce the sam
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import operator
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ def export_module(model: nn.Module, example_inputs: Inputs, *, training: bool) -
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             clash = sorted(set(dir(fx.GraphModule)) & {n for n, _ in model.named_children()})
             hint = f"; rename the submodule {clash[0]!r}, a name torch.fx reserves" if clash else ""
+            if "data-dependent" in first:
+                hint = "; its Python code branches on, or sizes by, the values of tensors"
             raise CaptureError(
                 f"torch.export cannot capture the model in {mode} mode: {first}{hint}"
             ) from error
@@ -81,10 +85,15 @@ def _call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
+def _samples(inputs: Inputs) -> int:
+    """The batch size, 1 when no input has dimensions."""
+    return batch_size(inputs) if any(t.dim() for t in tensors(inputs)) else 1
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram:
-    n = batch_size((*args, *kwargs.values()))
+    n = _samples((*args, *kwargs.values()))
 
     def dims(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -92,18 +101,30 @@ def _export(
             return {0: torch.export.Dim.AUTO} if dynamic else None
         return None
 
-    shapes = tuple(pytree.tree_map(dims, a) for a in args)
-    spec: Any = {k: pytree.tree_map(dims, v) for k, v in kwargs.items()} if kwargs else shapes
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds and not kwargs:
-        at = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        spec = (*shapes[:at], shapes[at:])
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    spec = {name: pytree.tree_map(dims, value) for name, value in bound.items()}
     with warnings.catch_warnings():
         # Exporting a recurrent layer warns about its cached weight list; nothing is lost.
         warnings.filterwarnings("ignore", message=".*_flat_weights.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+        with _quiet():
+            try:
+                return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+            except Exception:  # perhaps only the free batch size is at fault
+                return torch.export.export(model, args, kwargs, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints whole graphs before it raises; the error is enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
@@ -135,7 +156,7 @@ def tape_of(
     """
     parameters = _first_names(model.named_parameters(remove_duplicate=False))
     buffers = _first_names(model.named_buffers(remove_duplicate=False))
-    tape = Tape([], [], (), "torch.export", batch_size(example_inputs))
+    tape = Tape([], [], (), "torch.export", _samples(example_inputs))
     ids: dict[str, int | tuple[int, ...]] = {}
     symbols: dict[str, int] = {}
     stored: dict[str, int] = {}

@@ -46,6 +46,8 @@ def _produce(
 ) -> Factor | None:
     """The factor of an output dimension: the weight's rows, with the bias tied to them."""
     if rows is None:
+        for f in labels.factors(bias) if bias is not None else ():
+            labels.pin(f.labels, "it is the bias of an output that is fixed", record.where)
         return None
     producers = labels.make(rows.labels, record, kind)
     z = rows.z

@@ -281,7 +281,7 @@ def _exclusions(
     for axis in labels.axes:
         if axis.learned and stem(axis) not in mentioned:
             pin = pins[int(component[axis.offset])]
-            found.setdefault((axis.name, ""), Exclusion(axis.name, pin.reason, pin.where))
+            found.setdefault((stem(axis), pin.reason), Exclusion(stem(axis), pin.reason, pin.where))
     for op, count in labels.unknown.items():
         text = (
             f"no rule yet ({count} call{'s' if count > 1 else ''}); what it touches is left whole"

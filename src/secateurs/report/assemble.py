@@ -24,6 +24,7 @@ from secateurs.report.data import (
     VerificationRow,
 )
 from secateurs.report.gather import environment, score_histogram, weight_histograms
+from secateurs.report.words import remaining_words
 from secateurs.surgery.shrinking import info_of, slice_masks
 from secateurs.surgery.storage import MASK, pack, pack_bits
 from secateurs.types import (
@@ -234,7 +235,7 @@ def _asked_text(counts: Counts) -> str:
     if isinstance(asked, Budget):
         amount = asked.amount
         share = f"{amount:.1%}" if isinstance(amount, float) else f"{amount:,}"
-        return f"at most {share} of the {asked.quantity} may remain"
+        return f"at most {share} of the {remaining_words(asked.quantity)} may remain"
     given = {k: v for k, v in asdict(asked).items() if v is not None and k != "rule"}
     return f"threshold {asked.rule} ({', '.join(f'{k}={v}' for k, v in given.items())})"
 
@@ -255,9 +256,7 @@ def _headline(rows: list[MetricRow], asked: list[str]) -> str:
 
 
 def _times(ratio: float) -> str:
-    """A ratio, never rounded up: 4.96 -> 4.9, 1.03 -> 1.03."""
-    digits = 1 if ratio >= 1.1 else 3
-    return f"{math.floor(ratio * 10**digits) / 10**digits:g}"
+    return f"{ratio:.1f}" if ratio >= 1.1 else f"{ratio:.2f}"
 
 
 def _target_rows(run: Outcome) -> tuple[TargetRow, ...]:

@@ -9,7 +9,8 @@ are stored as a bitmask and their values, which is what makes a sparse model sma
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from secateurs.masks import named_tensors
 from secateurs.surgery.graph_file import graph_from_dict, graph_to_dict
 from secateurs.surgery.graph_form import PrunedGraph
 from secateurs.surgery.shrinking import INFO, ShrinkInfo, info_of, slice_masks
-from secateurs.surgery.slicing import slice_module_
+from secateurs.surgery.slicing import SIZES, slice_module_
 from secateurs.surgery.storage import MASK, pack, pack_bits, read_tensors, unpack, unpack_bits
 from secateurs.surgery.verification import Verification
 from secateurs.types import Plan
@@ -30,6 +31,8 @@ from secateurs.types import Plan
 __all__ = ["load", "load_plan", "plan_from_dict", "plan_to_dict", "save"]
 
 FORMAT = 1
+LARGEST = 2**34
+"""Entries of the largest tensor whose mask is read."""
 MODEL, PLAN, GRAPH = "model.safetensors", "plan.json", "graph.json"
 
 
@@ -63,7 +66,7 @@ def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = F
     }
     if isinstance(small, PrunedGraph):
         _write_text(out / GRAPH, json.dumps(graph_to_dict(small)))
-    stored = pack(small.state_dict())
+    stored = pack(_tensors_of(small))
     for name, mask in plan.masks.items():
         if not bool(mask.all()) and not plan.kept.get(name):
             stored[name + MASK] = pack_bits(mask)
@@ -75,6 +78,14 @@ def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = F
     temporary.replace(out / MODEL)
     _write_text(out / PLAN, json.dumps(description, indent=1))
     return out
+
+
+def _tensors_of(small: nn.Module) -> dict[str, Tensor]:
+    state = small.state_dict()
+    other = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
+    if other:
+        raise ConfigError(f"only tensors can be saved without pickle; the state dict holds {other}")
+    return state
 
 
 def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -104,12 +115,14 @@ def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) 
                 "model, as in load(directory, MyNet)"
             )
         model = factory()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"factory must return a torch module, got {type(model).__name__}")
         _check_architecture(model, plan)
         slice_module_(model, plan.kept)
         _set_attributes(model, description.get("attributes", {}), path / PLAN)
     _fill(model, state, path / MODEL)
     model.train(bool(description.get("training", False)))
-    setattr(model, INFO, _info(description))
+    setattr(model, INFO, _info(description, path / PLAN))
     return model
 
 
@@ -121,14 +134,23 @@ def load_plan(directory: str | Path) -> Plan:
     """
     path = Path(directory)
     plan = plan_from_dict(_read_json(path / PLAN), path / PLAN)
-    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in plan.shapes.items()}
-    for key, bits in read_tensors(path / MODEL).items():
-        if key.endswith(MASK):
-            name = key[: -len(MASK)]
-            index = plan.kept.get(name, {})
-            small = [len(index[d]) if d in index else n for d, n in enumerate(plan.shapes[name])]
-            part = unpack_bits(bits, tuple(small))
-            masks[name] = _embed(part, plan.shapes[name], index)
+    tensors = read_tensors(path / MODEL)
+    held = {name: tuple(t.shape) for name, t in unpack(tensors, path / MODEL).items()}
+    masks: dict[str, Tensor] = {}
+    for name, shape in plan.shapes.items():
+        index = plan.kept.get(name, {})
+        small = tuple(len(index[d]) if d in index else n for d, n in enumerate(shape))
+        if held.get(name, small) != small or prod(shape) > LARGEST:
+            raise FileFormatError(
+                f"{path / PLAN}: shape {shape} of {name} does not fit the weights"
+            )
+        masks[name] = torch.ones(shape, dtype=torch.bool)
+        if name + MASK in tensors:
+            try:
+                part = unpack_bits(tensors[name + MASK], small)
+            except RuntimeError as error:
+                raise FileFormatError(f"{path / MODEL}: mask of {name}: {error}") from error
+            masks[name] = _embed(part, shape, index)
     for name, dims in plan.kept.items():
         for dim, kept in dims.items():
             inside = torch.zeros(plan.shapes[name][dim], dtype=torch.bool)
@@ -174,7 +196,7 @@ def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
     Raises:
         FileFormatError: something does not fit; the message names it.
     """
-    if data.get("format") != FORMAT:
+    if type(data.get("format")) is not int or data["format"] != FORMAT:
         raise FileFormatError(
             f"{path}: format {data.get('format')!r}; this version reads format {FORMAT}"
         )
@@ -189,7 +211,7 @@ def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
         removed = {str(n): torch.tensor(u, dtype=torch.int64) for n, u in data["removed"].items()}
         granularity = tuple(str(g) for g in data["granularity"])
         reasons = {str(k): str(v) for k, v in data["reasons"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileFormatError(f"{path}: not a plan: {error!r}") from error
     for name, dims in kept.items():
         for dim, index in dims.items():
@@ -202,18 +224,21 @@ def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
     return Plan(kept, {}, removed, shapes, granularity, reasons)
 
 
-def _info(description: dict[str, Any]) -> ShrinkInfo:
-    found = description.get("verification", {})
-    verification = Verification(
-        float(found.get("error") if found.get("error") is not None else "nan"),
-        float(found.get("tolerance", 0)),
-        str(found.get("dtype", "")),
-        bool(found.get("comparable", False)),
-        float(found.get("changed", 0)),
-    )
-    form: Literal["module", "graph"] = "graph" if description.get("form") == "graph" else "module"
-    attributes = description.get("attributes", {})
-    return ShrinkInfo(form, verification, attributes, tuple(description.get("notes", ())))
+def _info(description: dict[str, Any], path: Path) -> ShrinkInfo:
+    try:
+        found = description["verification"]
+        verification = Verification(
+            float(found["error"]),
+            float(found["tolerance"]),
+            str(found["dtype"]),
+            bool(found["comparable"]),
+            float(found["changed"]),
+        )
+        form: Literal["module", "graph"] = "graph" if description["form"] == "graph" else "module"
+        notes = tuple(str(n) for n in description["notes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not the description of a model: {error!r}") from error
+    return ShrinkInfo(form, verification, description["attributes"], notes)
 
 
 # -- the model ---------------------------------------------------------------------------
@@ -235,15 +260,22 @@ def _check_architecture(model: nn.Module, plan: Plan) -> None:
 
 def _set_attributes(model: nn.Module, attributes: Any, path: Path) -> None:
     modules = dict(model.named_modules())
+    if not isinstance(attributes, Mapping) or not all(
+        isinstance(sizes, Mapping) for sizes in attributes.values()
+    ):
+        raise FileFormatError(f"{path}: attributes are {{module: {{attribute: size}}}}")
     for name, sizes in attributes.items():
         for attribute, value in sizes.items():
-            known = name in modules and isinstance(getattr(modules[name], attribute, None), int)
-            if not known or not isinstance(value, int):
+            known = name in modules and attribute in SIZES and hasattr(modules[name], attribute)
+            if not known or type(value) is not int or value < 1:
                 raise FileFormatError(f"{path}: attribute {name}.{attribute} = {value!r} unknown")
             setattr(modules[name], attribute, value)
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in named_tensors(model).items():
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)  # the factory's default precision
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -6,7 +6,10 @@ worst describe another network.
 
 from __future__ import annotations
 
+import json
 import operator
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from secateurs.errors import FileFormatError
+from secateurs.masks import named_tensors
 from secateurs.surgery.graph_form import PrunedGraph
 
 __all__ = ["graph_from_dict", "graph_to_dict"]
@@ -28,8 +32,11 @@ PLAIN = {
         operator.gt, operator.ge, torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_not,
     )
 }  # fmt: skip
-FORBIDDEN = {"from_file", "set_data", "_print", "record_stream", "resize_", "set_"}
-"""ATen operators that touch files or memory that is not theirs."""
+FORBIDDEN = re.compile(
+    r"from_file|set_data|set_|resize|_resize|print|record_stream|data_ptr|_unsafe_(?!view$)|_cuda|"
+    r"_nested|sym_storage|unsafe_storage|_storage|pin_memory|_pin_memory|_debug|_assert_async"
+)
+"""ATen operators that touch files or memory that is not theirs, or skip checks."""
 NAMED = {
     **{f"dtype:{str(d)[6:]}": d for d in vars(torch).values() if isinstance(d, torch.dtype)},
     **{f"layout:{k}": getattr(torch, k) for k in ("strided", "sparse_coo")},
@@ -47,28 +54,31 @@ def graph_to_dict(model: PrunedGraph) -> dict[str, Any]:
     Raises:
         FileFormatError: an operator or argument has no portable form.
     """
-    tensors = {
+    tensors: dict[str, dict[str, Any]] = {
         name: {"parameter": isinstance(t, nn.Parameter), "requires_grad": t.requires_grad}
-        for name, t in {**dict(model.named_parameters(remove_duplicate=False)),
-                        **dict(model.named_buffers(remove_duplicate=False))}.items()
-    }  # fmt: skip
+        for name, t in named_tensors(model).items()
+    }
+    first: dict[int, str] = {}
+    for name, tensor in named_tensors(model).items():
+        if first.setdefault(id(tensor), name) != name:
+            tensors[name]["same_as"] = first[id(tensor)]
     stored = set(model.state_dict())
     constants = {
         name: {"dtype": str(t.dtype)[6:], "shape": list(t.shape), "data": t.reshape(-1).tolist()}
         for name, t in model.named_buffers(remove_duplicate=False)
         if name not in stored
     }
-    assert model._in_spec is not None and model._out_spec is not None
-    first = model.captured["eval"]._codegen
-    assert isinstance(first, _PyTreeCodeGen)
+    captured = model.secateurs_captured
+    codegen = captured.graphs["eval"]._codegen
+    assert isinstance(codegen, _PyTreeCodeGen)
     return {
         "format": 1,
         "tensors": tensors,
         "constants": constants,
-        "arguments": list(first.pytree_info.orig_args),
-        "in_spec": pytree.treespec_dumps(model._in_spec),
-        "out_spec": pytree.treespec_dumps(model._out_spec),
-        "graphs": {mode: _nodes(graph) for mode, graph in model.captured.items()},
+        "arguments": list(codegen.pytree_info.orig_args),
+        "in_spec": pytree.treespec_dumps(captured.in_spec),
+        "out_spec": pytree.treespec_dumps(captured.out_spec),
+        "graphs": {mode: _nodes(graph) for mode, graph in captured.graphs.items()},
     }
 
 
@@ -127,7 +137,7 @@ def graph_from_dict(data: dict[str, Any], state: dict[str, Tensor], path: Path) 
         if data["format"] != 1:
             raise FileFormatError(f"{path}: format {data['format']!r}; this version reads format 1")
         tree = _tree(data, state)
-        specs = pytree.treespec_loads(data["in_spec"]), pytree.treespec_loads(data["out_spec"])
+        specs = _spec(data["in_spec"]), _spec(data["out_spec"])
         info = _PyTreeInfo([_identifier(a) for a in data["arguments"]], *specs)
         graphs = {
             mode: _module(tree, nodes, info)
@@ -141,8 +151,34 @@ def graph_from_dict(data: dict[str, Any], state: dict[str, Tensor], path: Path) 
         raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
+def _spec(text: Any) -> pytree.TreeSpec:
+    """The nesting of inputs or outputs. Reading one may import what it names, so it is checked."""
+    _, schema = json.loads(text)
+    _check_spec(schema)
+    return pytree.treespec_loads(text)
+
+
+def _check_spec(schema: dict[str, Any]) -> None:
+    context = schema["context"]
+    if isinstance(context, str):
+        with suppress(ValueError):  # a plain name
+            context = json.loads(context)
+    if schema["type"] == "collections.defaultdict" or not _harmless(context):
+        raise FileFormatError(f"container {schema['type']!r} is not allowed")
+    for child in schema["children_spec"]:
+        _check_spec(child)
+
+
+def _harmless(context: Any) -> bool:
+    """Names and numbers, in lists: no object that could be looked up."""
+    if isinstance(context, list):
+        return all(_harmless(c) for c in context)
+    return context is None or isinstance(context, (str, int, float))
+
+
 def _tree(data: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     root = nn.Module()
+    made: dict[str, Tensor] = {}
     for name, kind in data["tensors"].items():
         owner = root
         *parts, attribute = str(name).split(".")
@@ -150,16 +186,21 @@ def _tree(data: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        if name in data["constants"]:
+        if kind.get("same_as") in made:
+            tensor = made[kind["same_as"]]
+        elif name in data["constants"]:
             held = data["constants"][name]
             dtype = NAMED[f"dtype:{held['dtype']}"]
-            value = torch.tensor(held["data"], dtype=dtype).reshape(held["shape"])
-            owner.register_buffer(attribute, value, persistent=False)
-        elif kind["parameter"]:
-            empty = torch.empty_like(state[name])
-            owner.register_parameter(attribute, nn.Parameter(empty, bool(kind["requires_grad"])))
+            tensor = torch.tensor(held["data"], dtype=dtype).reshape(held["shape"])
         else:
-            owner.register_buffer(attribute, torch.empty_like(state[name]))
+            tensor = torch.empty_like(state[name])
+            if kind["parameter"]:
+                tensor = nn.Parameter(tensor, bool(kind["requires_grad"]))
+        made[name] = tensor
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(attribute, tensor)
+        else:
+            owner.register_buffer(attribute, tensor, persistent=name not in data["constants"])
     return root
 
 
@@ -198,9 +239,14 @@ def _resolve(name: str) -> Any:
         return PLAIN[name]
     namespace, _, rest = name.partition(".")
     op, _, overload = rest.partition(".")
-    if namespace != "aten" or op in FORBIDDEN or not hasattr(torch.ops.aten, op):
+    found: Any = None
+    plain = op.isidentifier() and overload.isidentifier()
+    if namespace == "aten" and plain and FORBIDDEN.match(op) is None:
+        with suppress(AttributeError, RuntimeError):
+            found = getattr(getattr(torch.ops.aten, op), overload)
+    if not isinstance(found, torch._ops.OpOverload):
         raise FileFormatError(f"operator {name!r} is not allowed")
-    return getattr(getattr(torch.ops.aten, op), overload)
+    return found
 
 
 def _decode(x: Any, made: dict[str, fx.Node]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from secateurs.batches import batch_size
 from secateurs.errors import PruningError, SoundnessError
 from secateurs.graph.capture import export_module, tape_of
 from secateurs.graph.labels import Labels
@@ -23,22 +25,35 @@ from secateurs.masks import named_tensors
 from secateurs.surgery.slicing import Kept, kept_groups, slice_module_
 from secateurs.types import Inputs
 
-__all__ = ["PrunedGraph", "graph_form", "in_float64"]
+__all__ = ["Captured", "PrunedGraph", "graph_form", "in_float64"]
 
 BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The graphs of a `PrunedGraph`, "eval" and perhaps "train", and how they are called."""
+
+    graphs: Mapping[str, fx.Graph]
+    forwards: Mapping[str, Callable[..., Any]]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    notes: tuple[str, ...] = ()
 
 
 class PrunedGraph(nn.Module):
     """A model that runs captured graphs over its own parameters.
 
+    All attributes but one are the parameters, buffers and children of the original, whatever
+    their names.
+
     Attributes:
-        captured: "eval" and, where it could be captured, "train" -> its graph.
-        eval_only: True when train mode could not be captured: in train mode, too, the eval graph
-            runs (dropout off, batch-norm statistics fixed).
-        eval_only_because: why, if so.
+        secateurs_captured: the graphs, and what they cannot do.
     """
 
-    def __init__(self, tree: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> None:
+    def __init__(
+        self, tree: nn.Module, graphs: Mapping[str, fx.GraphModule], notes: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         for name, tensor in tree._parameters.items():
             self.register_parameter(name, tensor)
@@ -47,25 +62,28 @@ class PrunedGraph(nn.Module):
             self.register_buffer(name, buffer, persistent=persistent)
         for name, child in tree._modules.items():
             self.add_module(name, child)
-        first = graphs["eval"]
-        self._in_spec, self._out_spec = first._in_spec, first._out_spec
-        self.captured = {mode: g.graph for mode, g in graphs.items()}
-        self._forwards = {mode: type(g).forward for mode, g in graphs.items()}
-        self.eval_only_because = ""
-
-    @property
-    def eval_only(self) -> bool:
-        return "train" not in self._forwards
+        into, out = graphs["eval"]._in_spec, graphs["eval"]._out_spec
+        assert into is not None
+        assert out is not None
+        self._in_spec, self._out_spec = into, out  # read by the generated code
+        self.secateurs_captured = Captured(
+            {mode: g.graph for mode, g in graphs.items()},
+            {mode: type(g).forward for mode, g in graphs.items()},
+            into,
+            out,
+            notes,
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mode = "train" if self.training and not self.eval_only else "eval"
-        return self._forwards[mode](self, *args, **kwargs)
+        forwards = self.secateurs_captured.forwards
+        mode = "train" if self.training and "train" in forwards else "eval"
+        return forwards[mode](self, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedGraph:
         new = PrunedGraph.__new__(PrunedGraph)
         memo[id(self)] = new
         for key, value in self.__dict__.items():
-            shared = key in ("captured", "_forwards", "_in_spec", "_out_spec")
+            shared = key in ("secateurs_captured", "_in_spec", "_out_spec")
             new.__dict__[key] = value if shared else copy.deepcopy(value, memo)
         return new
 
@@ -74,11 +92,12 @@ def in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64; a graph form has precisions written into it, which follow."""
     wide = copy.deepcopy(model).double()
     if isinstance(wide, PrunedGraph):
-        graph = copy.deepcopy(wide.captured["eval"])
+        graph = copy.deepcopy(wide.secateurs_captured.graphs["eval"])
         for node in graph.nodes:
             node.args = pytree.tree_map(_widest, node.args)
             node.kwargs = pytree.tree_map(_widest, node.kwargs)
-        wide._forwards = {"eval": type(fx.GraphModule(wide, graph)).forward}
+        forwards = {"eval": type(fx.GraphModule(wide, graph)).forward}
+        wide.secateurs_captured = replace(wide.secateurs_captured, forwards=forwards)
     return wide
 
 
@@ -95,19 +114,29 @@ def graph_form(model: nn.Module, kept: Kept, example_inputs: Inputs) -> PrunedGr
         SoundnessError: the plan does not fit the captured graph.
     """
     graphs = {"eval": _rewritten(model, kept, example_inputs, training=False)}
-    because = ""
+    notes = _fixed_batch(graphs["eval"], example_inputs)
     try:
         graphs["train"] = _rewritten(model, kept, example_inputs, training=True)
     except PruningError as error:
-        because = str(error)
+        notes += (f"eval only, so dropout and batch norm rest in train mode: {error}",)
     tree = graphs["eval"]
     if "train" in graphs:
         _share(tree, graphs["train"], set(named_tensors(model)))
     slice_module_(tree, _present(tree, kept))
-    result = PrunedGraph(tree, graphs)
-    result.eval_only_because = because
+    result = PrunedGraph(tree, graphs, notes)
     result.train(model.training)
     return result
+
+
+def _fixed_batch(module: fx.GraphModule, example_inputs: Inputs) -> tuple[str, ...]:
+    """A note where the captured batch size is a number."""
+    found = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    sizes = [t.shape[0] for t in found if isinstance(t, torch.Tensor) and t.dim()]
+    if not sizes or any(isinstance(size, torch.SymInt) for size in sizes):
+        return ()
+    n = batch_size(example_inputs)
+    hint = "pass an example of two samples or more" if n == 1 else "it is written into the code"
+    return (f"the batch size is fixed to {n}: {hint}",)
 
 
 def _present(tree: nn.Module, kept: Kept) -> dict[str, Mapping[int, torch.Tensor]]:
@@ -202,7 +231,7 @@ class _Rewriter:
         assert isinstance(found, int)
         return found
 
-    def keep(self, node: fx.Node | int, dim: int) -> BoolArray | None:
+    def keep(self, node: Any, dim: int) -> BoolArray | None:
         """Which positions of a dimension stay; None when all do."""
         ident = node if isinstance(node, int) else self.ident(node)
         factor = self.labels.on(ident, dim)

@@ -7,16 +7,19 @@ rewritten sizes, which also works when the Python code has sizes written into it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from secateurs.batches import call_model, clone_inputs, in_mode, preserve
 from secateurs.errors import ConfigError, PruningError, SoundnessError, choose
 from secateurs.masks import named_tensors
 from secateurs.surgery.graph_form import graph_form
-from secateurs.surgery.slicing import fix_sizes, slice_module_, sliced
+from secateurs.surgery.slicing import fix_sizes, observe_sizes, slice_module_, sliced
 from secateurs.surgery.verification import Verification, masked_copy, verify
 from secateurs.types import Inputs, Plan
 
@@ -122,8 +125,17 @@ def _module_form(model: nn.Module, plan: Plan, example_inputs: Inputs) -> nn.Mod
     small = masked_copy(model, plan)
     slice_module_(small, plan.kept)
     attributes = fix_sizes(small, model, plan.kept)
-    found = verify(model, small, plan, example_inputs)
-    if not found.comparable:
+
+    def run() -> None:
+        with preserve(small), in_mode(small, training=False), torch.no_grad():
+            call_model(small, clone_inputs(example_inputs))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for path, sizes in observe_sizes(small, run).items():
+            attributes[path] = {**attributes.get(path, {}), **sizes}
+    found = verify(model, small, plan, example_inputs, strict=False)
+    if not found.comparable or not found.ok:
         raise SoundnessError(found.text())
     setattr(small, INFO, ShrinkInfo("module", found, attributes))
     return small
@@ -136,10 +148,7 @@ def _graph_form(
     found = verify(model, small, plan, example_inputs)
     if not found.comparable:
         notes = (*notes, found.text())
-    if small.eval_only:
-        because = f" ({small.eval_only_because})" if small.eval_only_because else ""
-        why = f"eval only: train mode cannot be captured{because}, so dropout and batch norm rest"
-        notes = (*notes, why)
+    notes = (*notes, *small.secateurs_captured.notes)
     setattr(small, INFO, ShrinkInfo("graph", found, {}, notes))
     return small
 

@@ -6,7 +6,8 @@ tensors stay tied; `requires_grad` and dtype stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ __all__ = ["Kept", "fix_sizes", "owner_of", "set_tensor_", "slice_module_"]
 
 Kept = Mapping[str, Mapping[int, Tensor]]
 """Tensor name -> {dim: (n,) int64 kept positions, ascending}."""
+
+SIZES = frozenset(
+    "in_features out_features in_channels out_channels groups num_features hidden_size input_size "
+    "embedding_dim num_parameters".split()
+)
+"""Attributes of modules of torch.nn that follow their weights."""
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -57,9 +64,10 @@ def slice_module_(model: nn.Module, kept: Kept) -> None:
     for name, dims in kept.items():
         old = tensors[name]
         for dim, index in dims.items():
-            if dim >= old.dim() or (len(index) and int(index.max()) >= old.shape[dim]):
+            inside = 0 <= dim < old.dim() and len(index) > 0
+            if not inside or int(index.max()) >= old.shape[dim] or int(index.min()) < 0:
                 raise SoundnessError(
-                    f"the plan keeps position {int(index.max())} of dimension {dim} of {name}, "
+                    f"the plan keeps positions {index.tolist()} of dimension {dim} of {name}, "
                     f"which has shape {tuple(old.shape)}"
                 )
         small = sliced(old, dims)
@@ -84,8 +92,10 @@ def fix_sizes(model: nn.Module, dense: nn.Module, kept: Kept) -> dict[str, dict[
     """
     changed: dict[str, dict[str, int]] = {}
     before = dict(dense.named_modules())
+    tensors = named_tensors(dense)
+    rows = {id(tensors[name]): dims[0] for name, dims in kept.items() if 0 in dims}
     for path, module in model.named_modules():
-        sizes = _sizes(module, before.get(path), path, kept)
+        sizes = _sizes(module, before.get(path), rows)
         differ = {k: v for k, v in sizes.items() if getattr(module, k) != v}
         for attribute, value in differ.items():
             setattr(module, attribute, value)
@@ -94,15 +104,17 @@ def fix_sizes(model: nn.Module, dense: nn.Module, kept: Kept) -> dict[str, dict[
     return changed
 
 
-def _sizes(module: nn.Module, dense: nn.Module | None, path: str, kept: Kept) -> dict[str, int]:
+def _sizes(
+    module: nn.Module, dense: nn.Module | None, kept_rows: Mapping[int, Tensor]
+) -> dict[str, int]:
     """Size attributes implied by the weights of a module of torch.nn."""
     if isinstance(module, nn.Linear):
         return {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]}
     if isinstance(module, nn.modules.conv._ConvNd) and dense is not None:
         groups = module.groups
-        rows = kept.get(f"{path}.weight" if path else "weight", {}).get(0)
+        assert isinstance(dense, nn.modules.conv._ConvNd)
+        rows = kept_rows.get(id(dense.weight))
         if groups > 1 and rows is not None and not module.transposed:
-            assert isinstance(dense, nn.modules.conv._ConvNd)
             groups = kept_groups(rows, dense.weight.shape[0], groups)
         out, into = (1, 0) if module.transposed else (0, 1)
         shape = module.weight.shape
@@ -125,6 +137,34 @@ def _sizes(module: nn.Module, dense: nn.Module | None, path: str, kept: Kept) ->
     if isinstance(module, nn.PReLU):
         return {"num_parameters": module.weight.shape[0]}
     return {}
+
+
+def observe_sizes(model: nn.Module, run: Callable[[], object]) -> dict[str, dict[str, int]]:
+    """Set the size of normalisations without any tensor to what they meet in one run.
+
+    Returns:
+        as `fix_sizes`.
+    """
+    changed: dict[str, dict[str, int]] = {}
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not [*module.parameters()]:
+
+            def note(norm: Any, inputs: tuple[Tensor, ...], path: str = path) -> None:
+                channels = inputs[0].shape[inputs[0].dim() - norm._get_no_batch_dim()]
+                if norm.num_features != channels:
+                    changed[path] = {"num_features": channels}
+                    norm.num_features = channels
+
+            if hasattr(module, "_get_no_batch_dim") and module.running_mean is None:
+                handles.append(module.register_forward_pre_hook(note))
+    try:
+        if handles:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return changed
 
 
 def kept_groups(rows: Tensor, dense_rows: int, groups: int) -> int:

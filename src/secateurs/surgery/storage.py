@@ -5,6 +5,7 @@ At 90 % zeros a float32 tensor shrinks about 7.6 times; reading it back is bit-i
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ SPARSE_BELOW = 0.9  # density under which bitmask + values is smaller than the d
 
 
 def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors for the file: those with enough zeros as bitmask + values; shared ones once.
+    """Tensors for the file: those with enough zeros as bitmask + values.
 
     A value of -0.0 counts as a value, so that unpacking is bit-identical.
     """
@@ -55,7 +56,7 @@ def unpack(stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
                 held = unpack_bits(tensor, shape)
                 dense = torch.zeros(shape, dtype=values.dtype)
                 dense[held] = values
-            except (KeyError, RuntimeError, IndexError) as error:
+            except (KeyError, RuntimeError, IndexError, TypeError, ValueError) as error:
                 raise FileFormatError(
                     f"{path}: sparse tensor {name} is damaged: {error}"
                 ) from error
@@ -72,8 +73,9 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack_bits`, for a known shape."""
-    count = int(np.prod(shape, dtype=np.int64))
-    if bits.dtype != torch.uint8 or count < 0 or bits.numel() != (count + 7) // 8:
+    count = prod(shape)  # of Python integers: no overflow
+    whole = all(isinstance(n, int) and n >= 0 for n in shape)
+    if bits.dtype != torch.uint8 or not whole or bits.numel() != (count + 7) // 8:
         raise RuntimeError(f"{bits.numel()} bytes of bits do not fit shape {shape}")
     flat = np.unpackbits(bits.numpy(), count=count).astype(bool)
     return torch.from_numpy(flat).reshape(shape)

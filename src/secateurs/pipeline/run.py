@@ -1,38 +1,31 @@
-"""`prune`: score, allocate, select, heal, step by step; then shrink, verify, measure, report.
-
-    for each stage, for each step of its schedule:
-        score -> allocate -> select -> zero -> fine-tune with the cut held at zero
-    shrink -> verify -> measure -> report
-
-Everything happens on a copy: the caller's model is not changed, whatever happens.
-"""
+"""`prune` and `prune_stages`: the composition of all rooms, and its result."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from secateurs.allocation import ALLOCATORS, allocate
-from secateurs.batches import check_batches, in_mode
-from secateurs.controls import CONTROLS, controlled_scores, reinitialise_, shuffled_targets
-from secateurs.cost import dense_cost
-from secateurs.criteria import get_criterion
-from secateurs.errors import BudgetError, ConfigError, ScoringError, choose
+from secateurs.allocation import allocate
+from secateurs.controls import controlled_scores, reinitialise_, shuffled_targets
+from secateurs.errors import BudgetError, CaptureError, ConfigError, choose
 from secateurs.finetuning import Finetune, FinetuneResult, finetune
-from secateurs.graph import trace
 from secateurs.masks import apply_masks_
-from secateurs.report.assemble import Outcome, assemble
+from secateurs.pipeline.request import check_request, given, random_state
+from secateurs.pipeline.stage import Stage
+from secateurs.report.assemble import Outcome, assemble, metrics_of
 from secateurs.report.data import Report, StepRow
 from secateurs.schedules import Schedule
 from secateurs.scoring import score
 from secateurs.selection import select
 from secateurs.surgery import save, shrink, slice_masks
+from secateurs.surgery.shrinking import info_of
 from secateurs.types import (
     Batches,
     Budget,
@@ -44,77 +37,12 @@ from secateurs.types import (
     Plan,
     Scores,
     Threshold,
-    expand_granularity,
 )
 
-__all__ = ["PruneResult", "Stage", "prune", "prune_stages"]
+__all__ = ["Progress", "PruneResult", "prune", "prune_stages"]
 
 Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called before each step and at the end."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One round of pruning: what is cut, by which measure, how much, and how it heals.
-
-    Args:
-        budget: what may remain; exactly one of `budget` and `threshold`.
-        threshold: units scoring below it go.
-        criterion: a name, or a mapping with its options.
-        granularity: kinds of units, or "structured".
-        allocation: how the budget is divided among targets ("uniform", "global", ...).
-        schedule: steps and curve. A threshold is applied once per step, to what is left.
-        finetune: after each step; None = no training.
-        min_keep: fewest units that stay in each target.
-        round_to: units kept are multiples of this where possible.
-        control: one of `CONTROLS`; None = the real thing.
-
-    Raises:
-        ConfigError: a name or a figure is wrong.
-    """
-
-    budget: Budget | None = None
-    threshold: Threshold | None = None
-    criterion: str | Mapping[str, Any] = "taylor"
-    granularity: str | tuple[str, ...] = "structured"
-    allocation: str = "uniform"
-    schedule: Schedule | None = None
-    finetune: Finetune | None = None
-    min_keep: int = 1
-    round_to: int = 1
-    control: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.budget is None) == (self.threshold is None):
-            raise ConfigError("give exactly one of budget and threshold")
-        get_criterion(self.criterion)
-        expand_granularity(self.granularity)
-        choose(self.allocation, ALLOCATORS, "allocation")
-        if self.control is not None:
-            choose(self.control, CONTROLS, "control")
-        for name in ("min_keep", "round_to"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def steps(self) -> Schedule:
-        """The schedule; by default five cubic steps to a budget, one shot for a threshold."""
-        if self.schedule is not None:
-            return self.schedule
-        return Schedule("one_shot", 1) if self.threshold is not None else Schedule()
-
-    def asked_at(self, step: int, graph: Graph) -> Budget | Threshold:
-        """The budget of a step, from the schedule; a threshold is the same at every step."""
-        if self.budget is None:
-            assert self.threshold is not None
-            return self.threshold
-        if step == self.steps.steps:
-            return self.budget
-        cost = dense_cost(graph)
-        units = sum(t.n_units for t in graph.select(self.granularity))
-        dense = {"units": units, "params": cost.params, "macs": cost.macs}[self.budget.quantity]
-        share = self.steps.remaining(step, self.budget.fraction(int(dense)))
-        return Budget(**{self.budget.quantity: min(1.0, share)})
 
 
 @dataclass(eq=False)
@@ -145,18 +73,18 @@ class PruneResult:
         """Write `model.safetensors`, `plan.json`, `report.json` and `report.html`.
 
         Raises:
-            ConfigError: the directory holds results already and `force` is not set.
+            ConfigError: the directory holds results already and `force` is not set, or is a file.
             MissingDependencyError: the page needs `secateurs[report]`.
         """
-        import json
+        from secateurs.report.html import render
 
-        from secateurs.report.html import check_available, write
-
-        check_available()
-        out = save(self.model, self.plan, directory, force=force)
+        if Path(directory).is_file():
+            raise ConfigError(f"{directory} is a file; name a directory")
         text = json.dumps(self.report.to_dict(), indent=1, allow_nan=False)
+        page = render(self.report)
+        out = save(self.model, self.plan, directory, force=force)
         (out / "report.json").write_text(text, encoding="utf-8")
-        write(self.report, out / "report.html")
+        (out / "report.html").write_text(page, encoding="utf-8")
         return out
 
 
@@ -191,6 +119,7 @@ def prune(
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
 
     Example:
+        >>> import torch
         >>> from torch.nn import functional as F
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> x = torch.randn(32, 4)
@@ -199,9 +128,11 @@ def prune(
         >>> result.model[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    stage_options = {
-        k: options.pop(k) for k in ("allocation", "min_keep", "round_to", "control") if k in options
-    }
+    known = {n for f in (prune, prune_stages) for n in inspect.signature(f).parameters}
+    of_stage = ("allocation", "min_keep", "round_to", "control")
+    for name in options:
+        choose(name, {*of_stage, *known} - {"options", "stages"}, "option of prune")
+    stage_options = {k: options.pop(k) for k in of_stage if k in options}
     stage = Stage(budget, threshold, criterion, granularity, schedule=schedule, finetune=finetune,
                   **stage_options)  # fmt: skip
     return prune_stages(
@@ -235,50 +166,42 @@ def prune_stages(
 
     Args:
         stages: rounds; masks of earlier ones stay.
-        evaluate: on validation data, used along the way.
+        evaluate: on validation data, used along the way. Its first call is on the dense model,
+            before anything expensive.
         test: on test data, called twice at the end: for the dense and for the smaller model.
         calibration: batches for scoring; by default the training batches.
         maximize: whether a larger metric is better.
         form: of the result, see `shrink`.
-        seed: of noise, dropout and loaders without a generator.
+        seed: of noise, dropout and loaders without a generator, from 0 to 2**32 - 1.
         latency: batch sizes to time; None = not timed.
         progress: called with (what, done, total).
 
     Other arguments, and errors, as `prune`.
     """
-    if not stages:
-        raise ConfigError("no stage is given")
-    choose(form, ["auto", "module", "graph"], "form")
-    samples = batches if calibration is None else calibration
-    check_batches(model, batches, loss_fn)
-    if samples is not batches:
-        check_batches(model, samples, loss_fn)
-    graph = trace(model, example_inputs)
-    for stage in stages:
-        if not graph.select(stage.granularity):
-            found = sorted({t.kind for t in graph.targets.values()})
-            raise ConfigError(
-                f"nothing of granularity {stage.granularity!r} can be pruned in this model; "
-                f"it has {', '.join(found) or 'no prunable part'}. "
-                + "; ".join(f"{e.name}: {e.reason}" for e in graph.excluded[:3])
+    with random_state(seed):
+        graph = check_request(
+            model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,
+            test=test, calibration=calibration, form=form, latency=latency,
+        )  # fmt: skip
+        samples = batches if calibration is None else calibration
+        run = _Run(model, batches, samples, loss_fn, graph, evaluate, maximize, seed, progress)
+        run.total = sum(stage.steps.steps for stage in stages)
+        for number, stage in enumerate(stages, start=1):
+            run.stage(number, stage)
+        assert run.plan is not None
+        small = shrink(run.work, run.plan, example_inputs, form=form)
+        if info_of(small).form == "graph":  # the module form has the mode of each module already
+            small.train(model.training)
+        run.tell("measure", run.total)
+        report = assemble(
+            Outcome(
+                dense=model, small=small, graph=graph, plan=run.plan, scores=run.last_scores,
+                counts=run.last_counts, dense_metrics=run.dense_metrics, steps=tuple(run.steps),
+                evaluate=evaluate, test=test, batches=samples, loss_fn=loss_fn, maximize=maximize,
+                example_inputs=example_inputs, latency=tuple(latency or ()), seed=seed,
+                notes=tuple(run.notes), met=run.met,
             )
-    run = _Run(model, batches, samples, loss_fn, graph, evaluate, maximize, seed, progress)
-    run.total = sum(stage.steps.steps for stage in stages)
-    for stage in stages:
-        run.stage(stage)
-    assert run.plan is not None
-    small = shrink(run.work, run.plan, example_inputs, form=form)
-    small.train(model.training)
-    run.tell("measure", run.total)
-    report = assemble(
-        Outcome(
-            dense=model, small=small, graph=graph, plan=run.plan, scores=run.last_scores,
-            counts=run.last_counts, dense_metrics=run.dense_metrics, steps=tuple(run.steps),
-            evaluate=evaluate, test=test, batches=samples, loss_fn=loss_fn, maximize=maximize,
-            example_inputs=example_inputs, latency=tuple(latency or ()), seed=seed,
-            notes=tuple(run.notes),
-        )
-    )  # fmt: skip
+        )  # fmt: skip
     return PruneResult(
         small, run.plan, slice_masks(run.plan), report, run.work,
         run.last_scores[-1], run.last_counts[-1], run.history,
@@ -300,7 +223,7 @@ class _Run:
         seed: int,
         progress: Progress | None,
     ) -> None:
-        self.model, self.work = model, copy.deepcopy(model)
+        self.model, self.work = model, _copied(model)
         self.batches, self.samples, self.loss_fn = batches, samples, loss_fn
         self.graph, self.evaluate, self.maximize = graph, evaluate, maximize
         self.seed, self.progress = seed, progress
@@ -311,23 +234,32 @@ class _Run:
         self.last_scores: list[Scores] = []
         self.last_counts: list[Counts] = []
         self.total = 0
+        self.met = True
         self.dense_metrics = metrics_of(model, evaluate)
 
     def tell(self, what: str, done: int) -> None:
         if self.progress is not None:
             self.progress(what, done, self.total)
 
-    def stage(self, stage: Stage) -> None:
+    def stage(self, number: int, stage: Stage) -> None:
         """All steps of one stage."""
         samples = self.samples
         if stage.control == "random-labels":
             samples = shuffled_targets(samples, self.model, self.seed)
         schedule = stage.steps
         fractions = list(schedule.fractions())
+        before = 0 if self.plan is None else self.plan.n_removed
         for step in range(1, schedule.steps + 1):
             self.tell("prune", len(self.steps))
-            scores, counts = self.cut(stage, step, samples)
-            masked = main_metric(metrics_of(self.work, self.evaluate))
+            try:
+                scores, counts = self.cut(stage, step, samples)
+            except BudgetError as error:
+                if stage.threshold is None or step == 1 or stage.control == "reinit":
+                    raise
+                self.met = False
+                self.notes.append(f"stopped after step {step - 1} of {schedule.steps}: {error}")
+                break
+            masked = _main(metrics_of(self.work, self.evaluate))
             if stage.control == "reinit" and step == schedule.steps:
                 assert self.plan is not None
                 reinitialise_(self.work, self.plan.masks, self.seed)
@@ -335,7 +267,7 @@ class _Run:
             self.steps.append(
                 StepRow(
                     step=len(self.steps) + 1,
-                    fraction=fractions[step - 1],
+                    fraction=fractions[step - 1] if stage.threshold is None else None,
                     remaining=dict(counts.realised),
                     metric_masked=masked,
                     metric_healed=healed,
@@ -344,10 +276,12 @@ class _Run:
             )
         self.last_scores.append(scores)
         self.last_counts.append(counts)
-        for note in scores.notes:
-            if note not in self.notes:
-                self.notes.append(note)
-        self.notes += [f"{name}: not scored: {why}" for name, why in scores.not_scored.items()]
+        if self.plan is not None and self.plan.n_removed == before:
+            self.notes.append(
+                f"stage {number} removed nothing: {given(counts.asked)} was met before it"
+            )
+        found = [*scores.notes, *(f"{n}: not scored: {w}" for n, w in scores.not_scored.items())]
+        self.notes += [note for note in found if note not in self.notes]
 
     def cut(self, stage: Stage, step: int, samples: Batches) -> tuple[Scores, Counts]:
         """Score, allocate, select, and zero what goes."""
@@ -361,12 +295,10 @@ class _Run:
             scores, asked, method=stage.allocation, min_keep=stage.min_keep,
             round_to=stage.round_to,
         )  # fmt: skip
-        before = 0 if self.plan is None else self.plan.n_removed
         self.plan = select(scores, counts, previous=self.plan)
-        if self.plan.n_removed == before and step == stage.steps.steps and before == 0:
-            raise BudgetError(
-                f"{asked} removes nothing: all scores reach it; ask for less to remain"
-            )
+        final = step == stage.steps.steps
+        if not self.plan.n_removed and (final or isinstance(asked, Threshold)):
+            raise BudgetError(f"{given(asked)} removes nothing: all scores reach it")
         apply_masks_(self.work, self.plan.masks)
         return scores, counts
 
@@ -382,32 +314,22 @@ class _Run:
         )  # fmt: skip
         self.history.append(done)
         if config.restore_best:
-            healed = main_metric(metrics_of(self.work, self.evaluate))
+            healed = _main(metrics_of(self.work, self.evaluate))
         else:
             healed = done.final_metric
         return healed, done.history[-1].train_loss if done.history else None
 
 
-def metrics_of(model: nn.Module, evaluate: Evaluate | None) -> dict[str, float]:
-    """The metrics of a model by name ("metric" for a bare number), checked.
-
-    Raises:
-        ConfigError: `evaluate` returns nothing.
-        ScoringError: a metric is not a number.
-    """
-    if evaluate is None:
-        return {}
-    with in_mode(model, training=False), torch.no_grad():
-        answer = evaluate(model)
-    found = dict(answer) if isinstance(answer, Mapping) else {"metric": answer}
-    if not found:
-        raise ConfigError("evaluate returned an empty dict; its first entry is the main metric")
-    for name, value in found.items():
-        if not isinstance(value, (int, float)) or value != value:
-            raise ScoringError(f"evaluate returned {name} = {value!r}; expected a number")
-    return {name: float(value) for name, value in found.items()}
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        work = copy.deepcopy(model)
+    except Exception as error:  # the user's own __deepcopy__, or a tensor that is no leaf
+        raise CaptureError(f"the model cannot be copied: {error}") from error
+    for parameter in work.parameters():
+        parameter.grad = None
+    return work
 
 
-def main_metric(metrics: Mapping[str, float]) -> float | None:
+def _main(metrics: Mapping[str, float]) -> float | None:
     """The first entry, or None."""
     return next(iter(metrics.values()), None)

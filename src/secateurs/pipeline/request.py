@@ -1,0 +1,136 @@
+"""What is wrong with a request, found before anything expensive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from secateurs.allocation import allocate
+from secateurs.batches import call_model, check_batches, in_mode, preserve
+from secateurs.controls import resets
+from secateurs.criteria import get_criterion
+from secateurs.errors import BudgetError, CaptureError, ConfigError, choose
+from secateurs.graph import trace
+from secateurs.latency import resize_batch
+from secateurs.pipeline.stage import Stage
+from secateurs.schedules import Schedule
+from secateurs.statistics import check_fits, make_job
+from secateurs.types import Batches, Budget, Evaluate, Graph, Inputs, LossFn, Scores, Threshold
+
+__all__ = ["check_request", "given", "random_state"]
+
+
+def check_request(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    stages: Sequence[Stage],
+    *,
+    example_inputs: Inputs,
+    evaluate: Evaluate | None = None,
+    test: Evaluate | None = None,
+    calibration: Batches | None = None,
+    form: str = "auto",
+    latency: Sequence[int] | None = None,
+) -> Graph:
+    """Find what is wrong with a request before anything expensive; returns the graph.
+
+    Arguments and errors as `prune_stages`.
+    """
+    if not stages:
+        raise ConfigError("no stage is given")
+    choose(form, ["auto", "module", "graph"], "form")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, function in (("loss_fn", loss_fn), ("evaluate", evaluate), ("test", test)):
+        if not callable(function) and (function is not None or name == "loss_fn"):
+            raise ConfigError(f"{name} must be a function, got {function!r}")
+    for stage in stages:
+        _check_training(stage, model, batches, evaluate)
+    check_batches(model, batches, loss_fn)
+    if calibration is not None:
+        check_batches(model, calibration, loss_fn)
+    graph = trace(model, example_inputs)
+    for stage in stages:
+        _check_reachable(stage, model, graph)
+    if latency is not None and isinstance(latency, (int, str)):
+        raise ConfigError(f"latency must be a list of batch sizes, got {latency!r}")
+    with preserve(model), in_mode(model, training=False), torch.no_grad():
+        for size in latency or ():
+            try:
+                call_model(model, resize_batch(example_inputs, size))
+            except ConfigError:
+                raise
+            except Exception as error:
+                raise CaptureError(
+                    f"latency: the model refuses example_inputs at batch size {size}: {error}"
+                ) from error
+    return graph
+
+
+def _check_training(
+    stage: Stage, model: nn.Module, batches: Batches, evaluate: Evaluate | None
+) -> None:
+    """What fine-tuning and controls of a stage need from the model and the data."""
+    if stage.control == "reinit":
+        resets(model)
+    config = stage.finetune
+    if config is None or config.steps == 0 or config.epochs == 0:
+        return
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "finetune: no parameter of the model requires a gradient: nothing to train. "
+            "Unfreeze some, or leave finetune away"
+        )
+    if evaluate is None and (config.patience is not None or config.restore_best):
+        raise ConfigError("finetune: patience and restore_best need evaluate=")
+    counted = config.lr_schedule == "constant" or config.steps is not None or config.full_batch
+    if not counted and not hasattr(batches, "__len__"):
+        raise ConfigError(
+            f"finetune: lr_schedule={config.lr_schedule!r} needs the number of steps, and these "
+            "batches have no length: give steps= instead of epochs="
+        )
+
+
+def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
+    """Whether there is something to prune, the criterion sees it, and the budget can be reached."""
+    targets = graph.select(stage.granularity)
+    if not targets:
+        found = sorted({t.kind for t in graph.targets.values()})
+        reasons = "; ".join(f"{e.name}: {e.reason}" for e in graph.excluded[:3])
+        raise ConfigError(
+            f"nothing of granularity {stage.granularity!r} can be pruned in this model; "
+            f"it has {', '.join(found) or 'no prunable part'}{'. ' * bool(reasons)}{reasons}"
+        )
+    criterion = get_criterion(stage.criterion)
+    job = make_job(criterion, targets, check_fits(model, targets), stage.granularity)
+    if stage.budget is None:
+        return
+    blank = {t.name: torch.zeros(t.n_units) for t in job.targets}
+    counts = allocate(
+        Scores(graph, blank, criterion.label), stage.budget, method=stage.allocation,
+        min_keep=stage.min_keep, round_to=stage.round_to,
+    )  # fmt: skip
+    if all(counts.kept[t.name] == t.n_units for t in job.targets):
+        raise BudgetError(
+            f"{given(stage.budget)} removes nothing: the dense model is within it already"
+        )
+
+
+def given(asked: Budget | Threshold | Schedule | None) -> str:
+    """A budget, threshold or schedule with the fields that were given."""
+    inner = ", ".join(f"{k}={v!r}" for k, v in vars(asked).items() if v is not None)
+    return f"{type(asked).__name__}({inner})"
+
+
+@contextmanager
+def random_state(seed: int) -> Iterator[None]:
+    """A random state of its own, so that neither run nor caller depends on the other's."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,157 @@
+"""The nouns: budgets, thresholds, granularities, plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from secateurs.errors import ConfigError
+from secateurs.types import (
+    KINDS,
+    STRUCTURED,
+    THRESHOLD_PARAMETER,
+    Budget,
+    Exclusion,
+    Graph,
+    GroupTarget,
+    Plan,
+    Threshold,
+    WeightTarget,
+    expand_granularity,
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "amount"),
+    [
+        (0.5, 0.5),
+        (1.0, 1.0),
+        (1, 1),
+        (5000, 5000),
+        ("120M", 120_000_000),
+        ("1.5k", 1500),
+        (" 2G ", 2_000_000_000),
+        ("5000", 5000),
+        ("0.5", 0.5),
+        ("1.0", 1.0),
+        ("1e-1", 0.1),  # YAML reads 1e-1 as a text
+        ("1e6", 1_000_000),
+        ("1.5e6", 1_500_000),
+        (np.float32(0.5), 0.5),
+        (np.int64(500), 500),
+    ],
+)
+def test_an_amount_is_a_fraction_or_absolute(given: Any, amount: float) -> None:
+    found = Budget(macs=given).amount
+    assert found == amount
+    assert type(found) is type(amount)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (90.0, r"Budget\(macs=90\.0\): a float is .* Did you mean 0\.9\?"),
+        ("90.0", r"Did you mean 0\.9\?"),
+        (-0.1, r"in \(0, 1\]\. \(an absolute"),
+        ("-0.1", r"in \(0, 1\]\. \(an absolute"),
+        (0.0, r"in \(0, 1\]"),
+        (200.0, r"in \(0, 1\]\. \(an absolute"),
+        (float("inf"), r"in \(0, 1\]"),
+        (0, "at least 1"),
+        (-5, "at least 1"),
+        ("0.0001k", "at least 1"),
+        (float("nan"), "not a number"),
+        ("nan", "not a number"),
+        ("inf", "not a number"),
+        ("", "not a number"),
+        ("lots", "not a number"),
+        ("M", "not a number"),
+        (True, "not a number"),
+        ([1], "not a number"),
+    ],
+)
+def test_an_amount_out_of_range(given: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Budget(macs=given)
+
+
+def test_a_budget_has_one_quantity() -> None:
+    assert Budget(params=0.5).quantity == "params"
+    with pytest.raises(ConfigError, match="exactly one of units, params, macs; got none"):
+        Budget()
+    with pytest.raises(ConfigError, match="got units, macs"):
+        Budget(units=0.5, macs=0.5)
+
+
+def test_a_budget_as_a_fraction_of_the_dense_model() -> None:
+    assert Budget(macs=0.25).fraction(1000) == 0.25
+    assert Budget(macs=250).fraction(1000) == 0.25
+    assert Budget(macs="1k").fraction(500) == 1.0
+
+
+GOOD: dict[str, dict[str, float]] = {
+    "value": {"value": -1.0}, "mean": {}, "k_std": {"k": -2.0}, "rate_mean": {"rate": 0.5},
+    "quantile": {"q": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", THRESHOLD_PARAMETER)
+def test_every_threshold_rule_takes_its_parameter_and_no_other(rule: str) -> None:
+    Threshold(rule, **GOOD[rule])  # type: ignore[arg-type]
+    if GOOD[rule]:
+        with pytest.raises(ConfigError, match=f"needs {THRESHOLD_PARAMETER[rule]}="):
+            Threshold(rule)
+    other = "k" if rule != "k_std" else "q"
+    with pytest.raises(ConfigError, match=f"takes no {other}"):
+        Threshold(rule, **{**GOOD[rule], other: 0.5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"rule": "quantil", "q": 0.5}, "Did you mean 'quantile'"),
+        ({"rule": "mean", "scope": "all"}, "unknown threshold scope 'all'"),
+        ({"rule": "quantile", "q": 90}, r"q must be in \[0, 1\)\. Did you mean 0\.9\?"),
+        ({"rule": "quantile", "q": 1.0}, r"q must be in \[0, 1\)"),
+        ({"rule": "rate_mean", "rate": -1}, "at least 0"),
+        ({"rule": "value", "value": float("nan")}, "must be finite"),
+    ],
+)
+def test_a_threshold_out_of_range(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Threshold(**arguments)
+
+
+def test_granularities() -> None:
+    assert expand_granularity("structured") == STRUCTURED == set(KINDS) - {
+        "weight", "embedding", "layer"
+    }  # fmt: skip
+    assert expand_granularity(("weight", "head")) == {"weight", "head"}
+    with pytest.raises(ConfigError, match="Did you mean 'neuron'"):
+        expand_granularity("neurons")
+
+
+def test_a_graph_selects_by_kind_and_tells_what_it_left() -> None:
+    graph = Graph(
+        {
+            "a:neuron": GroupTarget("a:neuron", "neuron", 3, ()),
+            "a.weight": WeightTarget("a.weight", (3, 2)),
+        },
+        excluded=(Exclusion("b", "it is part of the model's output"),),
+    )
+    assert graph.units == {"a:neuron": 3}
+    assert [t.name for t in graph.select("weight")] == ["a.weight"]
+    assert graph.targets["a.weight"].n_units == 6
+    assert graph.groups("weight") == []
+    assert "b" in graph.summary()
+    assert "left whole: it is part of the model's output" in graph.summary()
+
+
+def test_a_plan_counts_what_it_removes() -> None:
+    empty = Plan({}, {}, {}, {})
+    assert (empty.n_removed, empty.structural) == (0, False)
+    plan = Plan({"w": {0: torch.tensor([0])}}, {}, {"a": torch.tensor([1, 2])}, {"w": (3, 2)})
+    assert (plan.n_removed, plan.structural) == (2, True)
