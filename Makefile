@@ -21,7 +21,7 @@ help: ## this list
 	@echo "Options: PYTHON=python3.12 (which Python), PIP_ARGS='...' (for pip), PYTEST_ARGS='-k masks',"
 	@echo "BENCH_ARGS='--tasks digits-cnn', JOBS=2 (parallel test processes)."
 	@echo "On Linux pip takes the CUDA build of PyTorch, several GB. The small one: make demo"
-	@echo "   PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+	@echo "   PIP_ARGS='--extra-index-url YOUR_CPU_WHEEL_INDEX' (see README.md)"
 
 demo: .venv/.demo-ready ## set up, then prune a network and write a report to out/demo
 	$(BIN)/secateurs demo --out out/demo --force

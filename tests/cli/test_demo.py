@@ -87,8 +87,9 @@ def test_ctrl_c_ends_the_demo_and_its_workers(
         text=True,
         start_new_session=True,
     ) as process:
-        time.sleep(6)  # the workers are training
-        assert process.poll() is None
+        while not list((tmp_path / "cache").glob("*.safetensors")):  # the workers are training
+            assert process.poll() is None
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1

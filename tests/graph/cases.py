@@ -37,7 +37,7 @@ def linear_case(
     between: Callable[[Any, Tensor], Tensor],
     units: dict[str, int] | None = None,
     form: str = "module",
-    **parts: Callable[[], Any],
+    **parts: Any,
 ) -> None:
     """linear(6, 8) - `between` - linear(8, 4)."""
 
@@ -58,7 +58,7 @@ def image_case(
     units: dict[str, int],
     form: str = "module",
     out: int = 8,
-    **parts: Callable[[], nn.Module],
+    **parts: Any,
 ) -> None:
     """conv(3, 8) - `between(net, features, image)` - global pool - linear(out, 4)."""
 
@@ -145,7 +145,7 @@ def _relu_on_view(net: Any, x: Tensor) -> Tensor:
     return x
 
 
-_EIGHT: dict[str, Callable[[], Any]] = {"b": lambda: nn.Linear(8, 8)}
+_EIGHT: dict[str, Any] = {"b": lambda: nn.Linear(8, 8)}
 linear_case(
     "in place on a slice", _add_to_view,
     {"a:neuron": 3, "a:neuron#2": 5, "b:neuron": 5}, "graph", **_EIGHT,
@@ -165,7 +165,7 @@ linear_case(
     {"a:neuron": 4, "a:neuron#2": 2},
     "graph",
 )
-linear_case("empty pieces", lambda net, x: torch.cat([x[:, 8:], *x.split([0, 3, 5], 1)], 1),
+linear_case("empty pieces", lambda net, x: torch.cat([x[:, 8:], *torch.split(x, [0, 3, 5], 1)], 1),
             {"a:neuron": 3, "a:neuron#2": 5}, "graph")  # fmt: skip
 linear_case(
     "regrouped twice",
@@ -186,7 +186,7 @@ linear_case("called twice", lambda net, x: net.b(F.relu(net.b(F.relu(x)))), **_E
 
 # -- images ------------------------------------------------------------------------------
 
-_CONV: dict[str, Callable[[], nn.Module]] = {
+_CONV: dict[str, Any] = {
     "b": lambda: nn.Conv2d(8, 8, 3, padding=1),
     "bn": lambda: nn.BatchNorm2d(8),
     "c": lambda: nn.Conv2d(8, 8, 1),
@@ -257,7 +257,7 @@ for _affine in (True, False):
             f"batch norm affine={_affine} statistics={_track}",
             lambda n, f, x: n.c(F.relu(n.norm(torch.sigmoid(f)))),
             _AC,
-            norm=lambda a=_affine, t=_track: nn.BatchNorm2d(8, affine=a, track_running_stats=t),  # type: ignore[misc]
+            norm=lambda a=_affine, t=_track: nn.BatchNorm2d(8, affine=a, track_running_stats=t),
             **_CONV,
         )
 image_case(
@@ -275,7 +275,7 @@ for _out, _groups, _units in (
         lambda n, f, x: torch.sigmoid(n.g(torch.sigmoid(f))),
         _units,
         out=_out,
-        g=lambda o=_out, g=_groups: nn.Conv2d(8, o, 3, padding=1, groups=g),  # type: ignore[misc]
+        g=lambda o=_out, g=_groups: nn.Conv2d(8, o, 3, padding=1, groups=g),
     )
 
 # -- sequences ---------------------------------------------------------------------------
@@ -304,8 +304,12 @@ recurrent_case(
 )  # fmt: skip
 recurrent_case("both outputs", nn.GRU, lambda n, x: _last(n, x) + torch.sigmoid(_final(n, x)[0]))
 recurrent_case("unbatched", nn.GRU, lambda n, x: n.r(x)[0][-1], inputs=sequence()[0])
-recurrent_case("state by size", nn.GRU,
-               lambda n, x: n.r(x, torch.zeros(1, x.shape[0], 6))[0][:, -1], form="graph")  # fmt: skip
+recurrent_case(
+    "state by size",
+    nn.GRU,
+    lambda n, x: n.r(x, torch.zeros(1, x.shape[0], 6))[0][:, -1],
+    form="graph",
+)
 recurrent_case("learned state", nn.GRU,
                lambda n, x: n.r(x, (n.h0 * 2).expand(2, x.shape[0], 6).contiguous())[0][:, -1],
                form="graph", num_layers=2,

@@ -1,4 +1,4 @@
-"""Helpers of the structural tests: small networks, random parameters, the whole flow in one call."""
+"""Helpers of the structural tests: small networks, random parameters, the flow in one call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import secateurs as sc
+from secateurs.batches import call_model, in_mode, tensors
 from secateurs.surgery.shrinking import ShrinkInfo, info_of
 from secateurs.surgery.verification import Verification, relative_error
 from secateurs.types import Graph, Inputs, Plan
@@ -48,7 +49,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def traced(model: nn.Module, inputs: Inputs) -> Graph:
-    """`trace` of a model with random parameters, one unit family per line of the result."""
+    """`trace` of a model with random parameters."""
     return sc.trace(randomized(model), inputs)
 
 
@@ -78,8 +79,6 @@ def n_parameters(model: nn.Module) -> int:
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns in eval mode."""
-    from secateurs.batches import call_model, in_mode, tensors
-
     with in_mode(model, training=False), torch.no_grad():
         return tensors(call_model(model, inputs))
 
@@ -90,7 +89,7 @@ def gap(a: nn.Module, b: nn.Module, inputs: Inputs) -> float:
 
 
 def tolerable(found: Verification) -> bool:
-    """Equal, compared, and within ten times the rounding of the precision that decided."""
+    """Compared, and equal."""
     return found.comparable and found.ok
 
 

@@ -1,7 +1,7 @@
 """Random networks: a seeded program of operators over images, sequences and vectors.
 
-`random_net(seed)` returns a model and example inputs. Values of the same shape are added, multiplied
-and joined with each other wherever they come from, so residual streams, joins and splits mix freely.
+`random_net(seed)` returns a model and example inputs. Values of the same shape are added,
+multiplied and joined wherever they come from, so residual streams, joins and splits mix freely.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class Drawer:
         if n % 2 == 0:
             ways += [
                 lambda x: (
-                    x.unflatten(dim, (2, n // 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+                    torch.unflatten(x, dim, (2, n // 2))
+                    .transpose(dim, dim + 1)
+                    .flatten(dim, dim + 1)
                 ),
                 lambda x: x.chunk(2, dim)[0] * torch.tanh(x.chunk(2, dim)[1]),
             ]

@@ -29,9 +29,9 @@ app.command("tasks")(tasks.tasks)
 
 def _version(show: bool) -> None:
     if show:
-        import secateurs
+        from secateurs import __version__
 
-        typer.echo(secateurs.__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -24,7 +24,7 @@ from secateurs.errors import CaptureError
 from secateurs.graph.records import Record, Ref, Tape, Value
 from secateurs.types import Inputs
 
-__all__ = ["export_module", "tape_of"]
+__all__ = ["export_module", "is_free", "tape_of"]
 
 
 def export_module(model: nn.Module, example_inputs: Inputs, *, training: bool) -> fx.GraphModule:
@@ -163,7 +163,7 @@ def tape_of(
 
     def add(meta: Any, source: Any, name: str) -> int:
         shape = tuple(_hint(s) for s in meta.shape)
-        dynamic = frozenset(d for d, s in enumerate(meta.shape) if not isinstance(s, int))
+        dynamic = frozenset(d for d, s in enumerate(meta.shape) if is_free(s))
         tape.values.append(Value(len(tape.values), shape, meta.dtype, source, name, dynamic))
         return len(tape.values) - 1
 
@@ -252,6 +252,11 @@ def _first_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     """Every name of a tensor -> the first one; a tied tensor has several."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+
+
+def is_free(size: Any) -> bool:
+    """Whether a captured size is symbolic (and was not fixed to a number by the model's code)."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _hint(size: Any) -> int:

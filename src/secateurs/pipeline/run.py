@@ -19,7 +19,7 @@ from secateurs.finetuning import Finetune, FinetuneResult, finetune
 from secateurs.masks import apply_masks_
 from secateurs.pipeline.request import check_request, given, random_state
 from secateurs.pipeline.stage import Stage
-from secateurs.report.assemble import Outcome, assemble, metrics_of
+from secateurs.report.assemble import Outcome, assemble, metrics_of, remaining_of
 from secateurs.report.data import Report, StepRow
 from secateurs.schedules import Schedule
 from secateurs.scoring import score
@@ -268,7 +268,7 @@ class _Run:
                 StepRow(
                     step=len(self.steps) + 1,
                     fraction=fractions[step - 1] if stage.threshold is None else None,
-                    remaining=dict(counts.realised),
+                    remaining=remaining_of(self.graph, counts),
                     metric_masked=masked,
                     metric_healed=healed,
                     loss=loss,

@@ -38,9 +38,10 @@ from secateurs.types import (
     LossFn,
     Plan,
     Scores,
+    WeightTarget,
 )
 
-__all__ = ["Outcome", "assemble", "metrics_of", "stored_bytes"]
+__all__ = ["Outcome", "assemble", "metrics_of", "remaining_of", "stored_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +153,15 @@ def assemble(run: Outcome) -> Report:
     )
 
 
+def remaining_of(graph: Graph, counts: Counts) -> dict[str, float | None]:
+    """What remains of the dense model after a step.
+
+    Without MACs where single weights were removed: a dense runtime multiplies by their zeros.
+    """
+    sparse = any(isinstance(graph.targets[name], WeightTarget) for name in counts.kept)
+    return {k: v for k, v in counts.realised.items() if not (sparse and k == "macs")}
+
+
 def stored_bytes(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
     """Size of `model.safetensors` as `save` writes it: weights and masks, bytes."""
     stored = pack(model.state_dict())
@@ -223,9 +233,9 @@ def _spread(row: LatencyRow) -> tuple[float, float]:
 def _reached(run: Outcome, before: Measurement, after: Measurement) -> dict[str, float | None]:
     reached: dict[str, float | None] = {}
     for counts in run.counts:
-        reached.update(counts.realised)
+        reached.update(remaining_of(run.graph, counts))
     reached["params"] = after.nonzeros / before.params
-    if run.plan.structural and before.macs:
+    if before.macs:
         reached["macs"] = after.macs / before.macs
     return reached
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from secateurs.batches import batch_size
 from secateurs.errors import PruningError, SoundnessError
-from secateurs.graph.capture import export_module, tape_of
+from secateurs.graph.capture import export_module, is_free, tape_of
 from secateurs.graph.labels import Labels
 from secateurs.graph.rules import interpret
 from secateurs.masks import named_tensors
@@ -92,10 +92,14 @@ def in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64; a graph form has precisions written into it, which follow."""
     wide = copy.deepcopy(model).double()
     if isinstance(wide, PrunedGraph):
-        graph = copy.deepcopy(wide.secateurs_captured.graphs["eval"])
-        for node in graph.nodes:
-            node.args = pytree.tree_map(_widest, node.args)
-            node.kwargs = pytree.tree_map(_widest, node.kwargs)
+        graph = fx.Graph()
+        narrow = wide.secateurs_captured.graphs["eval"]
+        graph.set_codegen(narrow._codegen)
+        made: dict[fx.Node, fx.Node] = {}
+        for node in narrow.nodes:
+            made[node] = graph.node_copy(node, made.__getitem__)
+            made[node].args = pytree.tree_map(_widest, made[node].args)
+            made[node].kwargs = pytree.tree_map(_widest, made[node].kwargs)
         forwards = {"eval": type(fx.GraphModule(wide, graph)).forward}
         wide.secateurs_captured = replace(wide.secateurs_captured, forwards=forwards)
     return wide
@@ -132,7 +136,7 @@ def _fixed_batch(module: fx.GraphModule, example_inputs: Inputs) -> tuple[str, .
     """A note where the captured batch size is a number."""
     found = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
     sizes = [t.shape[0] for t in found if isinstance(t, torch.Tensor) and t.dim()]
-    if not sizes or any(isinstance(size, torch.SymInt) for size in sizes):
+    if not sizes or any(is_free(size) for size in sizes):
         return ()
     n = batch_size(example_inputs)
     hint = "pass an example of two samples or more" if n == 1 else "it is written into the code"

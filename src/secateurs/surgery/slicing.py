@@ -42,9 +42,8 @@ def sliced(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def set_tensor_(module: nn.Module, attribute: str, tensor: Tensor) -> None:
-    """Put a parameter or buffer in place of the old one, registered as before."""
+    """Put a parameter or buffer in place of the old one, registered as before, in its place."""
     if isinstance(tensor, nn.Parameter):
-        module._parameters.pop(attribute, None)
         setattr(module, attribute, tensor)
     else:
         module._buffers[attribute] = tensor

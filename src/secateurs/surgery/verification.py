@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from secateurs.batches import call_model, clone_inputs, in_mode, preserve, tensors
 from secateurs.errors import CaptureError, SoundnessError
-from secateurs.masks import apply_masks_
+from secateurs.masks import apply_masks_, named_tensors
 from secateurs.surgery.graph_form import in_float64
 from secateurs.types import Inputs, Plan
 
@@ -71,8 +71,13 @@ def copied(model: nn.Module) -> nn.Module:
     """A deep copy without gradients.
 
     Raises:
-        CaptureError: the model refuses to be copied.
+        CaptureError: the model refuses to be copied, or has no values.
     """
+    if any(t.is_meta for t in named_tensors(model).values()):
+        raise CaptureError(
+            "the model is on the meta device, without values: it can be traced, but there is "
+            "nothing to remove or compare. Load the weights first"
+        )
     try:
         new = copy.deepcopy(model)
     except Exception as error:
@@ -203,11 +208,6 @@ def _outputs(model: nn.Module, inputs: Inputs, who: str, seed: int = 0) -> list[
             raise CaptureError(f"{who} refuses the example inputs: {error}") from error
     if not found:
         raise CaptureError(f"{who} returns no tensor")
-    if any(t.is_meta for t in found):
-        raise CaptureError(
-            f"{who} has parameters or inputs on the meta device, without values: there is nothing "
-            "to compare. Load the weights first"
-        )
     return [t.detach() for t in found]
 
 
