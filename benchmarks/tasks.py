@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(EPOCHS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--full-data", action="store_true")
     parser.add_argument("--summary", action="store_true", help="only summarise what is there")
     options = parser.parse_args()
@@ -158,7 +159,7 @@ def main() -> None:
     todo = [
         (task, target, criterion, seed, options.full_data)
         for task in options.tasks
-        for target in TARGETS
+        for target in options.targets
         for criterion in options.criteria
         for seed in options.seeds
     ]
