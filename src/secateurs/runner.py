@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateurs.batches import check_batches, iterate, model_device, preserve
+from secateurs.batches import batch_size, check_batches, iterate, model_device, preserve
 from secateurs.errors import ConfigError, PruningError
 from secateurs.finetuning import Finetune
 from secateurs.pipeline import Progress, PruneResult, check_request, prune_stages
@@ -155,7 +155,7 @@ def _own_problem(recipe: Recipe, base: Path | None) -> Problem:
     if recipe.metric is None and (not isinstance(targets, Tensor) or targets.is_floating_point()):
         raise ConfigError("metric: accuracy, the default, needs integer labels; name a metric")
     return Problem(
-        name=recipe.model,
+        name=Path(recipe.model).name,
         model=model,
         train=data["train"],
         calibration=data["train"] if data.get("calibration") is None else data["calibration"],
@@ -164,8 +164,15 @@ def _own_problem(recipe: Recipe, base: Path | None) -> Problem:
         example_inputs=inputs if data.get("example_inputs") is None else data["example_inputs"],
         loss_fn=loss_fn,
         metric=metric,
-        sizes={k: len(data[k].dataset) for k in wanted if hasattr(data[k], "dataset")},
+        sizes={k: n for k in wanted if (n := _n_samples(data[k]))},
     )
+
+
+def _n_samples(batches: Batches) -> int | None:
+    """Samples of a DataLoader or of a list of batches; None where counting would read the data."""
+    if hasattr(batches, "dataset"):
+        return len(batches.dataset)
+    return sum(batch_size(b[0]) for b in batches) if isinstance(batches, (list, tuple)) else None
 
 
 def _called(function: Callable[[], Any], path: str, what: str) -> Any:
@@ -258,10 +265,17 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
         name = "epochs" if config.steps is None else "steps"
         change = f"finetune.{name}={2 * (getattr(config, name) or 1)}"
         lines.append(f"heal longer: {again(change, 'longer')}")
-    control = "random" if stage.budget is not None else "shuffle"
-    lines.append(f"is the criterion better than chance? {again(f'control={control}', control)}")
-    factory = "build" if recipe.task is None else f'get_task("{recipe.task}").build'
-    lines.append(f'use it: secateurs.load("{where}", {factory})')
+    if stage.control is None:
+        control = "random" if stage.budget is not None else "shuffle"
+        lines.append(f"is the criterion better than chance? {again(f'control={control}', control)}")
+    else:
+        lines.append(f"the criterion itself, not its control: {again('control=null', 'method')}")
+    if recipe.task is None:
+        lines.append(
+            f'use it: secateurs.load("{where}", factory), factory: {recipe.model}'
+        )
+    else:
+        lines.append(f'use it: secateurs.load("{where}", get_task("{recipe.task}").build)')
     return tuple(lines)
 
 

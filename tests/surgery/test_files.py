@@ -118,7 +118,7 @@ def test_what_cannot_be_saved(made: tuple[nn.Module, Plan], tmp_path: Path) -> N
     net = nn.Sequential(Extra(4, 6), nn.ReLU(), nn.Linear(6, 2))
     plan = plan_of(net, traced(net, sequence()))
     small = sc.shrink(net, plan, sequence(), form="module")
-    with pytest.raises(ConfigError, match="0._extra_state"):
+    with pytest.raises(ConfigError, match=r"0\._extra_state"):
         sc.save(small, plan, tmp_path / "b")
 
 
@@ -145,7 +145,9 @@ def test_factories(saved: Saved) -> None:
         return
     with pytest.raises(ConfigError, match="pass factory="):
         sc.load(path)
-    with pytest.raises(SoundnessError, match=r"another architecture.*\n.*saved \(24, 4\)"):
+    with pytest.raises(
+        SoundnessError, match=r"r\.weight_ih_l0: saved \(24, 4\), factory \(20, 4\)"
+    ):
         sc.load(path, lambda: Net(lambda n, x: x, r=nn.LSTM(4, 5)))
     with pytest.raises(ConfigError, match="factory must return a torch module, got int"):
         sc.load(path, lambda: 3)  # type: ignore[arg-type,return-value]
@@ -176,9 +178,7 @@ def test_truncated_files(saved: Saved, tmp_path: Path) -> None:
                 sc.load(target, factory_of(path))
         (target / file.name).unlink()
         with pytest.raises(FileFormatError, match="does not exist"):
-            sc.load(target, build)
-            load_plan(target)
-            raise FileFormatError("does not exist")  # graph.json is optional to load_plan
+            sc.load(target, factory_of(path))
     with pytest.raises(FileFormatError, match="does not exist; is this a directory"):
         sc.load(tmp_path / "nowhere")
 
@@ -225,7 +225,7 @@ def test_hostile_plans(name: str, saved: Saved, tmp_path: Path) -> None:
     assert len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("shape", [[24, 7], [2**40, 6], [24], [2**20, 2**20]])
+@pytest.mark.parametrize("shape", [[2**40, 6], [24], [2**20, 2**20]])
 def test_a_plan_cannot_ask_for_memory(shape: list[int], saved: Saved, tmp_path: Path) -> None:
     change = set_at("shapes", "r.weight_hh_l0", value=shape)
     bad = edited(saved[2], "plan.json", change, tmp_path / "bad")
@@ -334,9 +334,7 @@ def test_hostile_graphs(
     monkeypatch.chdir(tmp_path)
     bad = edited(graph_dir, "graph.json", HOSTILE_GRAPHS[name], tmp_path / "bad")
     with pytest.raises(FileFormatError):
-        model = sc.load(bad)
-        outputs(model, sequence())
-        raise AssertionError("a hostile graph was accepted and ran")
+        sc.load(bad)
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]  # nothing was run
 
 

@@ -203,12 +203,10 @@ def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
     try:
         shapes = {str(n): tuple(int(x) for x in s) for n, s in data["shapes"].items()}
         kept = {
-            str(name): {
-                int(dim): torch.tensor(index, dtype=torch.int64) for dim, index in d.items()
-            }
-            for name, d in data["kept"].items()
+            str(name): {int(dim): _positions(index) for dim, index in dims.items()}
+            for name, dims in data["kept"].items()
         }
-        removed = {str(n): torch.tensor(u, dtype=torch.int64) for n, u in data["removed"].items()}
+        removed = {str(name): _positions(units) for name, units in data["removed"].items()}
         granularity = tuple(str(g) for g in data["granularity"])
         reasons = {str(k): str(v) for k, v in data["reasons"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -222,6 +220,13 @@ def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
             if len(index) > 1 and not bool((index[1:] > index[:-1]).all()):
                 raise FileFormatError(f"{path}: positions of {name}, dim {dim}, not ascending")
     return Plan(kept, {}, removed, shapes, granularity, reasons)
+
+
+def _positions(values: Any) -> Tensor:
+    """(n,) int64 from a list of integers and nothing else."""
+    if not isinstance(values, list) or not all(type(v) is int for v in values):
+        raise TypeError(f"{str(values)[:40]!r} is no list of integers")
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _info(description: dict[str, Any], path: Path) -> ShrinkInfo:
