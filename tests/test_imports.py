@@ -18,6 +18,7 @@ SRC = Path(secateurs.__file__).parent
 # own, anywhere in its code: neither a later line, nor a neighbour on the same line.
 LAYERS = (
     "errors",
+    "asked",
     "types distributed",
     "batches",
     "graph cost criteria schedules",
@@ -29,7 +30,8 @@ LAYERS = (
     "measurement",
     "report export",
     "pipeline",
-    "recipe tasks",
+    "imports tasks",
+    "recipe",
     "search runner",
     "integrations",
     "cli",

@@ -12,7 +12,8 @@ import yaml
 
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
-from secateurs.recipe import Recipe, import_function, override, parse_recipe, read_recipe
+from secateurs.imports import import_function
+from secateurs.recipe import Recipe, override, parse_recipe, read_recipe
 from secateurs.schedules import Schedule
 from secateurs.types import Budget, Threshold
 

@@ -206,7 +206,9 @@ def test_an_own_model_runs_and_runs_again_from_its_results(own: Path) -> None:
         recipe = read_recipe(out / "recipe.yaml").anchored(out)
     for name in ("model.safetensors", "plan.json", "recipe.yaml"):
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
-    assert result.report.title == "nets.py:build"  # no path of this machine in a report that is shared
+    assert (
+        result.report.title == "nets.py:build"
+    )  # no path of this machine in a report that is shared
 
 
 def test_calibration_and_example_inputs(own: Path) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from secateurs.asked import THRESHOLD_PARAMETER
 from secateurs.errors import ConfigError
 from secateurs.types import (
     KINDS,
     STRUCTURED,
-    THRESHOLD_PARAMETER,
     Budget,
     Exclusion,
     Graph,

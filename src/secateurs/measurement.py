@@ -179,8 +179,8 @@ def no_gain_reason(
     rate = total / (after.median_ms / 1e3)
     if after.median_ms < TINY_CALL_MS or rate < BUSY_MACS_PER_S:
         return head + (
-            f"with {total:.2g} multiply-adds left per call ({rate / 1e9:.2g} billion per second) the "
-            "fixed cost of calling each operator dominates, not the arithmetic; "
+            f"with {total:.2g} multiply-adds left per call ({rate / 1e9:.2g} billion per second) "
+            "the fixed cost of calling each operator dominates, not the arithmetic; "
             "try larger batches, fewer layers or a compiled runtime"
         )
     return head + (

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from secateurs.batches import batch_size, check_batches, iterate, model_device, preserve
 from secateurs.errors import ConfigError, PruningError
 from secateurs.finetuning import Finetune
+from secateurs.imports import import_function
 from secateurs.pipeline import Progress, PruneResult, check_request, prune_stages
 from secateurs.pipeline.request import random_state
-from secateurs.recipe import Recipe, import_function
+from secateurs.recipe import Recipe
 from secateurs.report import check_available
 from secateurs.report.data import Report
 from secateurs.surgery.shrinking import info_of
@@ -271,9 +272,7 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
     else:
         lines.append(f"the criterion itself, not its control: {again('control=null', 'method')}")
     if recipe.task is None:
-        lines.append(
-            f'use it: secateurs.load("{where}", factory), factory: {recipe.model}'
-        )
+        lines.append(f'use it: secateurs.load("{where}", factory), factory: {recipe.model}')
     else:
         lines.append(f'use it: secateurs.load("{where}", get_task("{recipe.task}").build)')
     return tuple(lines)

@@ -146,7 +146,7 @@ def test_inputs_without_a_batch() -> None:
     )
     for inputs in (torch.tensor(2.0), (2.0,)):
         graph = traced(net, inputs)
-        assert graph.units["a:neuron"] == 8
+        assert graph.units == {"a:neuron": 8}
         _, info = shrunk(net, plan_of(net, graph), inputs)
         assert tolerable(info.verification)
 

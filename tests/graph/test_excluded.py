@@ -115,6 +115,19 @@ def test_the_only_unit_of_a_piece_cannot_go() -> None:
     assert reasons(graph, "a:neuron") == why
 
 
+def test_entries_of_constants_are_no_units() -> None:
+    net = Net(lambda n, x: n.c(torch.ones(5, 6)) + n.a(x).mean(), a=nn.Linear(6, 8),
+              c=nn.Linear(6, 4))  # fmt: skip
+    graph = traced(net, rows())
+    assert graph.units == {}
+    table = Net(lambda n, x: F.linear(n.t, n.c.weight).mean(0) + x[:, :4], c=nn.Linear(6, 4),
+                t=nn.Parameter(torch.ones(5, 6)))  # fmt: skip
+    graph = traced(table, rows())
+    assert graph.units == {}
+    why = "no layer produces it: it belongs to a constant or to a parameter used as data"
+    assert why in reasons(graph, "t")
+
+
 def test_joined_with_the_input() -> None:
     net = Net(
         lambda n, x: n.h((x + n.c(F.relu(n.a(x)))).mean((2, 3))),

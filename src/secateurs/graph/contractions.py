@@ -187,6 +187,9 @@ def _batch_norm(labels: Labels, record: Record) -> None:
         labels.tie(channels.labels, factor.labels, FIXED_INPUT, record.where)
         producers |= labels.make(factor.labels, record)
         zero[ref] = factor.z
+    for f in labels.factors(x):
+        if 1 not in f.dims:
+            labels.pin(f.labels, "a normalisation runs over it", record.where)
     if channels is None:
         labels.assign(record.outputs[0], [])
         return
@@ -196,9 +199,6 @@ def _batch_norm(labels: Labels, record: Record) -> None:
     centred = channels.z and (not statistics or statistics[0])  # zero less a mean of zero
     z = shift and ((scaled and scale) or centred)
     kept = [Factor((1,), channels.labels, z, producers if scaled else channels.producers)]
-    for f in labels.factors(x):
-        if 1 not in f.dims:
-            labels.pin(f.labels, "a normalisation runs over it", record.where)
     labels.assign(record.outputs[0], kept)
 
 

@@ -66,14 +66,19 @@ def find_targets(labels: Labels, model: nn.Module) -> Found:
     pinned = np.zeros(labels.n_atoms, dtype=bool)
     pinned[pinned_components] = True
     free = ~pinned[component]
+    made = _made(labels, component)
     families = []
     for family in _families(labels, component, free):
-        if len(family) > 1:
+        why = ""
+        if len(family) == 1:
+            why = "it is the only unit of its kind: without it a tensor would be empty"
+        elif int(family[0]) not in made:
+            why = "no layer produces it: it belongs to a constant or to a parameter used as data"
+        if why:
+            free &= ~np.isin(component, family)
+            pins.update(dict.fromkeys(family.tolist(), Pin(family, why, "")))
+        else:
             families.append(family)
-            continue
-        free &= component != family[0]
-        why = "it is the only unit of its kind: without it a tensor would be empty"
-        pins[int(family[0])] = Pin(family, why, "")
     hookable = _hookable(labels, model)
     nonzero = labels.reached_nonzero(component)
     groups: dict[str, GroupTarget] = {}
@@ -128,6 +133,12 @@ def _families(labels: Labels, component: IntArray, free: np.ndarray) -> list[Int
     first = _order(labels, component)
     families = [np.array(sorted(f), dtype=np.int64) for f in by_signature.values()]
     return sorted(families, key=lambda f: (first.get(int(f[0]), len(first)), int(f[0])))
+
+
+def _made(labels: Labels, component: IntArray) -> set[int]:
+    """Components that some operator with weights produces."""
+    axes = [labels.axes[i] for i in labels.makers]
+    return {int(c) for a in axes for c in component[a.offset : a.offset + a.size]}
 
 
 def _order(labels: Labels, component: IntArray) -> dict[int, int]:
