@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from secateurs.errors import ConfigError, FileFormatError, SoundnessError
@@ -67,14 +67,9 @@ def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = F
     if isinstance(small, PrunedGraph):
         _write_text(out / GRAPH, json.dumps(graph_to_dict(small)))
     stored = pack(_tensors_of(small))
-    for name, mask in plan.masks.items():
-        if not bool(mask.all()) and not plan.kept.get(name):
-            stored[name + MASK] = pack_bits(mask)
-    for name, mask in slice_masks(plan).items():
-        if plan.kept.get(name):
-            stored[name + MASK] = pack_bits(mask)
+    stored |= {name + MASK: pack_bits(mask) for name, mask in slice_masks(plan).items()}
     temporary = out / (MODEL + ".part")
-    save_file(stored, temporary)
+    temporary.write_bytes(to_bytes(stored))  # save_file would make it readable by its owner only
     temporary.replace(out / MODEL)
     _write_text(out / PLAN, json.dumps(description, indent=1))
     return out
