@@ -251,7 +251,8 @@ class Graph:
 
     def summary(self) -> str:
         """A plain-text table of what can be pruned and what cannot, with reasons."""
-        rows = [f"{t.name:40s} {t.kind:9s} {t.n_units:6d} units" for t in self.groups("structured")]
+        every = [k for k in KINDS if k != "weight"]
+        rows = [f"{t.name:40s} {t.kind:9s} {t.n_units:6d} units" for t in self.groups(every)]
         rows += [f"{e.name:40s} left whole: {e.reason}" for e in self.excluded]
         return "\n".join(rows)
 
