@@ -127,7 +127,7 @@ def assemble(run: Outcome) -> Report:
         title=type(run.dense).__name__,
         headline=_headline(rows, asked),
         met=run.met,
-        asked={f"stage {i}" if len(asked) > 1 else "asked": a for i, a in enumerate(asked, 1)},
+        asked=_asked(run.counts),
         reached=reached,
         metric=next(iter(run.dense_metrics), "metric"),
         metric_better="higher" if run.maximize else "lower",
@@ -238,6 +238,16 @@ def _reached(run: Outcome, before: Measurement, after: Measurement) -> dict[str,
     if before.macs:
         reached["macs"] = after.macs / before.macs
     return reached
+
+
+def _asked(stages: list[Counts]) -> dict[str, Any]:
+    """What was asked, by quantity for a single stage and by stage for several."""
+    if len(stages) > 1:
+        return {f"stage {i}": _asked_text(c) for i, c in enumerate(stages, start=1)}
+    asked = stages[0].asked
+    if isinstance(asked, Budget):
+        return {asked.quantity: asked.amount}
+    return {"threshold": _asked_text(stages[0]).removeprefix("threshold ")}
 
 
 def _asked_text(counts: Counts) -> str:
