@@ -823,7 +823,16 @@ def test_reinit_needs_modules_that_can_start_again() -> None:
 def test_progress_counts_every_step() -> None:
     seen: list[tuple[str, int, int]] = []
     run(progress=lambda *told: seen.append(told))
-    assert seen == [("prune", 0, 2), ("prune", 1, 2), ("measure", 2, 2)]
+    steps = [told for told in seen if told[0] in ("prune", "measure")]
+    assert steps == [("prune", 0, 2), ("prune", 1, 2), ("measure", 2, 2)]
+    assert any(what.startswith("score: batch 1 of ") for what, _, _ in seen)
+    assert any(what.startswith("heal: epoch 1, loss ") for what, _, _ in seen)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+def test_progress_true_draws_a_bar_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    run(progress=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_stage_defaults() -> None:

@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateurs.bars import Progress, epoch_text
 from secateurs.batches import batch_size, check_batches, iterate, model_device, preserve
 from secateurs.errors import ConfigError, PruningError
-from secateurs.finetuning import Finetune
+from secateurs.finetuning import EpochRow, Finetune
 from secateurs.imports import import_function
-from secateurs.pipeline import Progress, PruneResult, check_request, prune_stages
+from secateurs.pipeline import PruneResult, check_request, prune_stages
 from secateurs.pipeline.request import random_state
 from secateurs.recipe import Recipe
 from secateurs.report import check_available
@@ -92,13 +93,20 @@ def check_output(out: Path, force: bool) -> None:
         )
 
 
-def load_problem(recipe: Recipe, base: Path | None = None, *, train: bool = True) -> Problem:
+def load_problem(
+    recipe: Recipe,
+    base: Path | None = None,
+    *,
+    train: bool = True,
+    progress: Progress | None = None,
+) -> Problem:
     """The model and data that a recipe names.
 
     Args:
         recipe: validated.
         base: directory of the recipe file, where the user's own files are looked for first.
         train: False builds a task's network without training it (for a dry run).
+        progress: called with (what, epochs done, epochs in all) while a task's network is trained.
 
     Raises:
         ConfigError: a function cannot be imported or returns something else.
@@ -109,7 +117,15 @@ def load_problem(recipe: Recipe, base: Path | None = None, *, train: bool = True
         return _own_problem(recipe, base)
     task = get_task(recipe.task)
     if train:
-        model, data, _ = dense_checkpoint(task, recipe.seed, full_data=recipe.full_data)
+
+        def trained(row: EpochRow) -> None:
+            if progress is not None:
+                text = epoch_text("train the dense network", row.epoch, row.train_loss, row.metric)
+                progress(text, row.epoch, task.train_recipe.epochs)
+
+        model, data, _ = dense_checkpoint(
+            task, recipe.seed, full_data=recipe.full_data, progress=trained
+        )
     else:
         model, data = task.build(), task.load(recipe.seed, full_data=recipe.full_data)
     return Problem(
@@ -197,7 +213,7 @@ def check_recipe(recipe: Recipe, problem: Problem) -> Graph:
 
 
 def run_recipe(
-    recipe: Recipe, problem: Problem, *, out: str = "", progress: Progress | None = None
+    recipe: Recipe, problem: Problem, *, out: str = "", progress: Progress | bool = False
 ) -> PruneResult:
     """Prune a problem by its recipe.
 
@@ -205,7 +221,7 @@ def run_recipe(
         recipe: what to do.
         problem: from `load_problem`.
         out: the directory of the results, for the suggestions in the report.
-        progress: called with (what, done, total).
+        progress: as in `prune_stages`.
 
     Raises:
         MissingDependencyError: the packages that draw the report are not installed.

@@ -40,7 +40,8 @@ def demo(
     """Train a small CNN on handwritten digits, prune it by gradients, prove and measure it."""
     import torch
 
-    from secateurs.cli.output import before_after, progress, stderr, stdout
+    from secateurs.bars import bar
+    from secateurs.cli.output import before_after, stderr, stdout
     from secateurs.recipe import parse_recipe
     from secateurs.report import check_available
     from secateurs.runner import check_output, load_problem, run_recipe, write_results
@@ -51,7 +52,7 @@ def demo(
     recipe = parse_recipe(RECIPE, "demo")
     get_task(RECIPE["task"]).source.require()
     torch.set_num_threads(1)  # as its controls: the same numbers
-    with progress("demo") as step:
+    with bar("demo") as step:
         controls = _controls(step)
         problem = load_problem(recipe)
         result = run_recipe(recipe, problem, out=str(out))

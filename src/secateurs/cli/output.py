@@ -7,21 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from secateurs.pipeline import Progress as Report_
 from secateurs.report.data import MetricRow, Report
 from secateurs.report.words import change, quantity, spread
 
-__all__ = ["before_after", "prints_to_stderr", "progress", "stderr", "stdout"]
+__all__ = ["before_after", "prints_to_stderr", "stderr", "stdout"]
 
 
 def stdout() -> Console:
@@ -40,26 +31,6 @@ def prints_to_stderr() -> Iterator[None]:
     """What the user's functions print goes to stderr: stdout is for our data."""
     with redirect_stdout(sys.stderr):
         yield
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Report_]:
-    """A progress bar with the time left; silent when stderr is not a terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=stderr(),
-        transient=True,
-    ) as bar:
-        task = bar.add_task(title, total=None)
-
-        def step(what: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{title}: {what}", completed=done, total=total)
-
-        yield step
 
 
 def before_after(report: Report) -> Table:

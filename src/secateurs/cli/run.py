@@ -29,7 +29,8 @@ def run(
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Prune by a recipe and write model, plan, recipe and report to a directory."""
-    from secateurs.cli.output import before_after, prints_to_stderr, progress, stderr, stdout
+    from secateurs.bars import bar
+    from secateurs.cli.output import before_after, prints_to_stderr, stderr, stdout
     from secateurs.recipe import read_recipe
     from secateurs.report import check_available
     from secateurs.runner import (
@@ -52,9 +53,9 @@ def run(
             graph = check_recipe(parsed, problem)
         _describe(parsed, problem, graph, where, as_json)
         return
-    with prints_to_stderr(), progress(parsed.task or "model") as step:
+    with prints_to_stderr(), bar(parsed.task or "model") as step:
         step("load (a task is trained the first time)", 0, 1)
-        problem = load_problem(parsed, base)
+        problem = load_problem(parsed, base, progress=step)
         result = run_recipe(parsed, problem, out=str(where), progress=step)
         files = write_results(result, parsed, where, force=force)
     if as_json:

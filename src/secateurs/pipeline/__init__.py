@@ -10,7 +10,7 @@ state are not changed, whatever happens.
 """
 
 from secateurs.pipeline.request import check_request
-from secateurs.pipeline.run import Progress, PruneResult, prune, prune_stages
+from secateurs.pipeline.run import PruneResult, prune, prune_stages
 from secateurs.pipeline.stage import Stage
 
-__all__ = ["Progress", "PruneResult", "Stage", "check_request", "prune", "prune_stages"]
+__all__ = ["PruneResult", "Stage", "check_request", "prune", "prune_stages"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateurs.allocation import allocate
+from secateurs.bars import Progress, bar, epoch_text
 from secateurs.controls import controlled_scores, reinitialise_, shuffled_targets
 from secateurs.errors import BudgetError, CaptureError, ConfigError, choose
 from secateurs.finetuning import Finetune, FinetuneResult, finetune
@@ -39,10 +41,7 @@ from secateurs.types import (
     Threshold,
 )
 
-__all__ = ["Progress", "PruneResult", "prune", "prune_stages"]
-
-Progress = Callable[[str, int, int], None]
-"""`progress(what, done, total)`: called before each step and at the end."""
+__all__ = ["PruneResult", "prune", "prune_stages"]
 
 
 @dataclass(eq=False)
@@ -160,7 +159,7 @@ def prune_stages(
     form: str = "auto",
     seed: int = 0,
     latency: Sequence[int] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
 ) -> PruneResult:
     """Several rounds in a row, e.g. weights first, then the structure that is left.
 
@@ -174,17 +173,18 @@ def prune_stages(
         form: of the result, see `shrink`.
         seed: of noise, dropout and loaders without a generator, from 0 to 2**32 - 1.
         latency: batch sizes to time; None = not timed.
-        progress: called with (what, done, total).
+        progress: True draws a bar on stderr; a function is called with (what, done, total).
 
     Other arguments, and errors, as `prune`.
     """
-    with random_state(seed):
+    shown = bar("prune") if progress is True else nullcontext(progress or None)
+    with random_state(seed), shown as tell:
         graph = check_request(
             model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,
             test=test, calibration=calibration, form=form, latency=latency,
         )  # fmt: skip
         samples = batches if calibration is None else calibration
-        run = _Run(model, batches, samples, loss_fn, graph, evaluate, maximize, seed, progress)
+        run = _Run(model, batches, samples, loss_fn, graph, evaluate, maximize, seed, tell)
         run.total = sum(stage.steps.steps for stage in stages)
         for number, stage in enumerate(stages, start=1):
             run.stage(number, stage)
@@ -288,6 +288,7 @@ class _Run:
         scores = score(
             self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,
             granularity=stage.granularity, previous=self.plan, seed=self.seed + len(self.steps),
+            progress=lambda i, n: self.tell(f"score: batch {i} of {n or '?'}", len(self.steps)),
         )  # fmt: skip
         scores = controlled_scores(scores, stage.control, self.seed + len(self.steps))
         asked = stage.asked_at(step, self.graph)
@@ -311,6 +312,9 @@ class _Run:
             self.work, self.batches, self.loss_fn, config, masks=self.plan.masks,
             teacher=self.model if config.distill else None, evaluate=self.evaluate,
             maximize=self.maximize, seed=self.seed + len(self.steps),
+            progress=lambda row: self.tell(
+                epoch_text("heal", row.epoch, row.train_loss, row.metric), len(self.steps)
+            ),
         )  # fmt: skip
         self.history.append(done)
         if config.restore_best:
