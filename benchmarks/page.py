@@ -17,7 +17,8 @@ HEAD = """# Results
 Written by `python benchmarks/page.py` from the files in `benchmarks/results`; run
 `make bench` to measure again. Method and controls share the budget, the schedule, the fine-tuning
 and the seeds: they differ in the scores only. The test split is evaluated once for each run. A
-difference is paired (same seed, dense and pruned); ± is the standard error over the seeds.
+difference is paired (same seed, dense and pruned); ± is the standard error over three seeds.
+Samples are those of training / validation / test. "All data" is one run with one seed.
 """
 
 
@@ -38,7 +39,7 @@ def main() -> None:
 def _table(rows: list[dict[str, Any]], target: str) -> str:
     held = [r for r in rows if r["target"] == target]
     lines = [
-        "| task | metric | tests | dense | criterion | pruned | difference, points | remains "
+        "| task | metric | samples | dense | criterion | pruned | difference, points | remains "
         "| verify error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -47,7 +48,7 @@ def _table(rows: list[dict[str, Any]], target: str) -> str:
         key = (r["task"], r["full_data"])
         name = r["task"] + (" (all data)" if r["full_data"] else "")
         first = (
-            [name, r["metric"], str(r["samples"]["test"]), f"{100 * r['dense']:.2f}"]
+            [name, r["metric"], _samples(r["samples"]), f"{100 * r['dense']:.2f}"]
             if key != last
             else [""] * 4
         )
@@ -62,6 +63,11 @@ def _table(rows: list[dict[str, Any]], target: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\n{_verdict(held)}\n"
+
+
+def _samples(sizes: dict[str, int]) -> str:
+    """Training, validation and test samples."""
+    return " / ".join(f"{sizes[k]:,}" for k in ("train", "validation", "test"))
 
 
 def _error(value: float | None) -> str:
@@ -82,8 +88,8 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
             error = sum((by[c]["difference_se"] or 0) ** 2 for c in ("taylor", control)) ** 0.5
             word = "level with" if abs(gap) <= 2 * error else "ahead of" if gap > 0 else "behind"
             words[word].append(f"{control} on {task}")
-    told = [f"{word} {', '.join(held)}" for word, held in words.items() if held]
-    return "At two standard errors, Taylor is " + "; ".join(told) + "."
+    told = [f"**{word}** {', '.join(held)}" for word, held in words.items() if held]
+    return "At two standard errors of the difference, Taylor is\n\n- " + "\n- ".join(told)
 
 
 def _oracle(data: dict[str, Any]) -> str:

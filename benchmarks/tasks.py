@@ -114,7 +114,9 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kind = (row["task"], row["target"], row["criterion"], row["full_data"])
         groups.setdefault(kind, []).append(row)
     table = []
-    for (task, target, criterion, full), held in groups.items():
+    order = {name: i for i, name in enumerate([*EPOCHS, *CRITERIA])}
+    for kind in sorted(groups, key=lambda k: (order[k[0]], k[3], k[1], order[k[2]])):
+        held, (task, target, criterion, full) = groups[kind], kind
         name = next(iter(held[0]["metrics"]))
         pairs = [r["metrics"][name] for r in held]
         gaps = [after - before for before, after in pairs]
