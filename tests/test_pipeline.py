@@ -356,7 +356,7 @@ def test_no_model_output_and_what_is_no_model() -> None:
 def test_a_model_that_cannot_be_copied() -> None:
     model = net()
     model.extra = torch.ones(1, requires_grad=True) * 2
-    with pytest.raises(CaptureError, match="cannot be copied"):
+    with pytest.raises(CaptureError, match="must be copyable"):
         run(model)
 
 

@@ -27,7 +27,6 @@ from secateurs.pipeline.request import random_state
 from secateurs.recipe import Recipe
 from secateurs.report import check_available
 from secateurs.report.data import Report
-from secateurs.surgery.shrinking import info_of
 from secateurs.tasks import dense_checkpoint, get_task
 from secateurs.tasks.base import Metric, accuracy
 from secateurs.types import Batches, Evaluate, Graph, Inputs, LossFn
@@ -311,7 +310,5 @@ def write_results(result: PruneResult, recipe: Recipe, out: Path, *, force: bool
     """
     check_output(out, force)
     result.save(out, force=True)
-    if info_of(result.model).form == "module":
-        (out / "graph.json").unlink(missing_ok=True)  # of an earlier run
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     return [out / name for name in RESULTS if (out / name).exists()]

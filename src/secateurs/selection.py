@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from secateurs.errors import ConfigError, ScoringError, choose
-from secateurs.types import Budget, Counts, Graph, GroupTarget, IntArray, Plan, Scores, Threshold
+from secateurs.types import (
+    Budget,
+    Counts,
+    Graph,
+    GroupTarget,
+    IntArray,
+    Plan,
+    Scores,
+    Threshold,
+    WeightTarget,
+)
 
 __all__ = ["order_of", "select"]
 
@@ -53,6 +63,10 @@ def select(scores: Scores, counts: Counts, *, previous: Plan | None = None) -> P
             raise ScoringError(f"{name}: a score is not a number; score the target again")
         if previous is not None and name in previous.removed:
             values[previous.removed[name]] = float("-inf")
+        if previous is not None and isinstance(graph.targets[name], WeightTarget):
+            mask = previous.masks.get(name)
+            if mask is not None:  # rows and columns of removed units hold no weights
+                values[~mask.reshape(-1)] = float("-inf")
         left = int((values > float("-inf")).sum())
         if not 1 <= count <= left:
             raise ConfigError(

@@ -37,7 +37,9 @@ def made() -> tuple[nn.Module, Plan]:
     model = build()
     graph = traced(model, sequence())
     structure = plan_of(model, graph)
-    scores = sc.score(model, criterion="magnitude", granularity="weight", graph=graph)
+    scores = sc.score(
+        model, criterion="magnitude", granularity="weight", graph=graph, previous=structure
+    )
     counts = sc.allocate(scores, sc.Threshold("quantile", q=0.4))
     return model, sc.select(scores, counts, previous=structure)
 

@@ -215,7 +215,9 @@ def test_weights_and_structure_together() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     graph = traced(net, rows())
     structure = plan_of(net, graph)
-    scores = sc.score(net, criterion="magnitude", granularity="weight", graph=graph)
+    scores = sc.score(
+        net, criterion="magnitude", granularity="weight", graph=graph, previous=structure
+    )
     counts = sc.allocate(scores, sc.Threshold("quantile", q=0.5))
     plan = sc.select(scores, counts, previous=structure)
     held = sc.slice_masks(plan)

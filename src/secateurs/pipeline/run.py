@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from secateurs.allocation import allocate
 from secateurs.bars import Progress, bar, epoch_text
 from secateurs.controls import controlled_scores, reinitialise_, shuffled_targets
-from secateurs.errors import BudgetError, CaptureError, ConfigError, choose
+from secateurs.errors import BudgetError, ConfigError, choose
 from secateurs.finetuning import Finetune, FinetuneResult, finetune
 from secateurs.masks import apply_masks_
 from secateurs.pipeline.request import check_request, given, random_state
@@ -28,6 +27,7 @@ from secateurs.scoring import score
 from secateurs.selection import select
 from secateurs.surgery import save, shrink, slice_masks
 from secateurs.surgery.shrinking import info_of
+from secateurs.surgery.verification import copied
 from secateurs.types import (
     Batches,
     Budget,
@@ -223,7 +223,7 @@ class _Run:
         seed: int,
         progress: Progress | None,
     ) -> None:
-        self.model, self.work = model, _copied(model)
+        self.model, self.work = model, copied(model)
         self.batches, self.samples, self.loss_fn = batches, samples, loss_fn
         self.graph, self.evaluate, self.maximize = graph, evaluate, maximize
         self.seed, self.progress = seed, progress
@@ -322,16 +322,6 @@ class _Run:
         else:
             healed = done.final_metric
         return healed, done.history[-1].train_loss if done.history else None
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        work = copy.deepcopy(model)
-    except Exception as error:  # the user's own __deepcopy__, or a tensor that is no leaf
-        raise CaptureError(f"the model cannot be copied: {error}") from error
-    for parameter in work.parameters():
-        parameter.grad = None
-    return work
 
 
 def _main(metrics: Mapping[str, float]) -> float | None:

@@ -26,7 +26,7 @@ from secateurs.report.data import (
 from secateurs.report.gather import environment, score_histogram, weight_histograms
 from secateurs.report.words import remaining_words
 from secateurs.surgery.shrinking import info_of, slice_masks
-from secateurs.surgery.storage import MASK, pack, pack_bits
+from secateurs.surgery.storage import stored_tensors
 from secateurs.types import (
     Batches,
     Budget,
@@ -164,9 +164,7 @@ def remaining_of(graph: Graph, counts: Counts) -> dict[str, float | None]:
 
 def stored_bytes(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
     """Size of `model.safetensors` as `save` writes it: weights and masks, bytes."""
-    stored = pack(model.state_dict())
-    stored |= {name + MASK: pack_bits(mask) for name, mask in masks.items()}
-    return len(to_bytes(stored))
+    return len(to_bytes(stored_tensors(model, masks)))
 
 
 def _metric_rows(run: Outcome) -> list[MetricRow]:

@@ -64,13 +64,6 @@ def members_of(target: GroupTarget, which: str, params: Parameters) -> list[Memb
     return list(unique.values())
 
 
-def tensors_of(target: Target) -> list[str]:
-    """Names of the parameters and buffers that a target touches."""
-    if isinstance(target, WeightTarget):
-        return [target.name]
-    return [m.tensor for m in target.members]
-
-
 def check_fits(model: nn.Module, targets: Iterable[Target]) -> Parameters:
     """The parameters of the model by name, checked against the targets.
 

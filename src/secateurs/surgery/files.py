@@ -24,7 +24,14 @@ from secateurs.surgery.graph_file import graph_from_dict, graph_to_dict
 from secateurs.surgery.graph_form import PrunedGraph
 from secateurs.surgery.shrinking import INFO, ShrinkInfo, info_of, slice_masks
 from secateurs.surgery.slicing import SIZES, slice_module_
-from secateurs.surgery.storage import MASK, pack, pack_bits, read_tensors, unpack, unpack_bits
+from secateurs.surgery.storage import (
+    BUFFER,
+    MASK,
+    read_tensors,
+    stored_tensors,
+    unpack,
+    unpack_bits,
+)
 from secateurs.surgery.verification import Verification
 from secateurs.types import Plan
 
@@ -63,11 +70,15 @@ def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = F
         "verification": info.verification.to_dict(),
         "notes": list(info.notes),
         "training": small.training,
+        "other_mode": [p for p, m in small.named_modules() if m.training != small.training],
+        "frozen": [n for n, p in small.named_parameters() if not p.requires_grad],
     }
+    _check_state(small)
     if isinstance(small, PrunedGraph):
         _write_text(out / GRAPH, json.dumps(graph_to_dict(small)))
-    stored = pack(_tensors_of(small))
-    stored |= {name + MASK: pack_bits(mask) for name, mask in slice_masks(plan).items()}
+    else:
+        (out / GRAPH).unlink(missing_ok=True)  # of an earlier result
+    stored = stored_tensors(small, slice_masks(plan))
     temporary = out / (MODEL + ".part")
     temporary.write_bytes(to_bytes(stored))  # save_file would make it readable by its owner only
     temporary.replace(out / MODEL)
@@ -75,12 +86,11 @@ def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = F
     return out
 
 
-def _tensors_of(small: nn.Module) -> dict[str, Tensor]:
-    state = small.state_dict()
-    other = sorted(name for name, value in state.items() if not isinstance(value, Tensor))
+def _check_state(small: nn.Module) -> None:
+    held = small.state_dict()
+    other = sorted(name for name, value in held.items() if not isinstance(value, Tensor))
     if other:
         raise ConfigError(f"only tensors can be saved without pickle; the state dict holds {other}")
-    return state
 
 
 def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -116,7 +126,8 @@ def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) 
         slice_module_(model, plan.kept)
         _set_attributes(model, description.get("attributes", {}), path / PLAN)
     _fill(model, state, path / MODEL)
-    model.train(bool(description.get("training", False)))
+    _fill_buffers(model, tensors, path / MODEL)
+    _set_modes(model, description, path / PLAN)
     setattr(model, INFO, _info(description, path / PLAN))
     return model
 
@@ -152,7 +163,11 @@ def load_plan(directory: str | Path) -> Plan:
             inside[kept] = True
             view = [-1 if d == dim else 1 for d in range(len(plan.shapes[name]))]
             masks[name] = masks[name] & inside.view(view)
-    return Plan(plan.kept, masks, plan.removed, plan.shapes, plan.granularity, plan.reasons)
+    removed = dict(plan.removed)
+    for name in plan.reasons:  # weights: what their mask removes, removed rows included
+        if name in masks and name not in removed:
+            removed[name] = (~masks[name]).reshape(-1).nonzero().reshape(-1)
+    return Plan(plan.kept, masks, removed, plan.shapes, plan.granularity, plan.reasons)
 
 
 def _embed(part: Tensor, shape: tuple[int, ...], kept: Any) -> Tensor:
@@ -280,6 +295,35 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise FileFormatError(f"{path}: weights do not fit the plan: {error}") from error
+
+
+def _fill_buffers(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Buffers outside the state dict, which a factory may fill with other values."""
+    held = dict(model.named_buffers(remove_duplicate=False))
+    for key, value in tensors.items():
+        if not key.endswith(BUFFER):
+            continue
+        name = key[: -len(BUFFER)]
+        if name not in held or held[name].shape != value.shape:
+            raise FileFormatError(f"{path}: buffer {name} does not fit the model")
+        held[name].data = value.to(held[name].device)
+
+
+def _set_modes(model: nn.Module, description: dict[str, Any], path: Path) -> None:
+    """Train or eval mode of each module, and which parameters are frozen, as saved."""
+    other, frozen = description.get("other_mode", []), description.get("frozen", [])
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    if not isinstance(other, list) or not set(map(str, other)) <= set(modules):
+        raise FileFormatError(f"{path}: other_mode names modules that the model does not have")
+    if not isinstance(frozen, list) or not set(map(str, frozen)) <= set(parameters):
+        raise FileFormatError(f"{path}: frozen names parameters that the model does not have")
+    training = bool(description.get("training", False))
+    model.train(training)
+    for name in other:
+        modules[name].training = not training
+    for name, parameter in parameters.items():
+        real = parameter.is_floating_point() or parameter.is_complex()
+        parameter.requires_grad_(name not in frozen and real)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

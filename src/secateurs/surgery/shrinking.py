@@ -7,6 +7,7 @@ rewritten sizes, which also works when the Python code has sizes written into it
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from secateurs.errors import ConfigError, PruningError, SoundnessError, choose
 from secateurs.masks import named_tensors
 from secateurs.surgery.graph_form import graph_form
 from secateurs.surgery.slicing import fix_sizes, observe_sizes, slice_module_, sliced
-from secateurs.surgery.verification import Verification, masked_copy, verify
+from secateurs.surgery.verification import Verification, masked_copy, train_note, verify
 from secateurs.types import Inputs, Plan
 
 __all__ = ["INFO", "ShrinkInfo", "info_of", "shrink", "slice_masks"]
@@ -137,7 +138,10 @@ def _module_form(model: nn.Module, plan: Plan, example_inputs: Inputs) -> nn.Mod
     found = verify(model, small, plan, example_inputs, strict=False)
     if not found.comparable or not found.ok:
         raise SoundnessError(found.text())
-    setattr(small, INFO, ShrinkInfo("module", found, attributes))
+    notes = train_note(masked_copy(model, plan), small, example_inputs)
+    if math.isinf(found.changed):
+        notes += (found.text(),)
+    setattr(small, INFO, ShrinkInfo("module", found, attributes, notes))
     return small
 
 

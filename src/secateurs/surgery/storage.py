@@ -5,23 +5,45 @@ At 90 % zeros a float32 tensor shrinks about 7.6 times; reading it back is bit-i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateurs.errors import FileFormatError
 
-__all__ = ["MASK", "pack", "pack_bits", "read_tensors", "unpack", "unpack_bits"]
+__all__ = [
+    "BUFFER",
+    "MASK",
+    "pack",
+    "pack_bits",
+    "read_tensors",
+    "stored_tensors",
+    "unpack",
+    "unpack_bits",
+]
 
 BITMASK, VALUES, SHAPE, MASK = ".__bitmask__", ".__values__", ".__shape__", ".__mask__"
+BUFFER = ".__buffer__"  # of a buffer that is not in the state dict
 SPARSE_BELOW = 0.9  # density under which bitmask + values is smaller than the dense tensor
 
 
 # -- tensors -------------------------------------------------------------------------------
+
+
+def stored_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that the file holds: state, masks, and buffers outside the state dict."""
+    state = model.state_dict()
+    others = {
+        name + BUFFER: buffer.detach().cpu().contiguous().clone()
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in state
+    }
+    return pack(state) | others | {name + MASK: pack_bits(mask) for name, mask in masks.items()}
 
 
 def pack(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +83,7 @@ def unpack(stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
                     f"{path}: sparse tensor {name} is damaged: {error}"
                 ) from error
             state[name] = dense
-        elif not key.endswith((VALUES, MASK, SHAPE)):
+        elif not key.endswith((VALUES, MASK, SHAPE, BUFFER)):
             state[key] = tensor
     return state
 
