@@ -18,14 +18,14 @@ SRC = Path(secateurs.__file__).parent
 # own, anywhere in its code: neither a later line, nor a neighbour on the same line.
 LAYERS = (
     "errors",
-    "asked bars",
+    "asked bars filters inventory",
     "types distributed",
     "batches",
     "graph cost criteria schedules",
     "statistics selection",
     "scoring allocation masks",
     "finetuning surgery controls",
-    "macs health",
+    "macs health carrying",
     "latency diagnosis",
     "measurement",
     "report export",

@@ -225,6 +225,11 @@ BEFORE_SCORING: dict[str, tuple[dict[str, Any], type[PruningError], str]] = {
     "option": ({"shedule": QUICK}, ConfigError, "Did you mean 'schedule'"),
     "min_keep": ({"min_keep": 0}, ConfigError, "min_keep must be a whole number"),
     "round_to": ({"round_to": 2.0}, ConfigError, "round_to must be a whole number"),
+    "round_to kind": ({"round_to": {"neurn": 8}}, ConfigError, "Did you mean 'neuron'"),
+    "homogeneous": ({"homogeneous": "yes"}, ConfigError, "homogeneous must be True or False"),
+    "exclude": ({"exclude": ["first", "secnd"]}, ConfigError, "Did you mean 'second'"),
+    "exclude everything": ({"exclude": "*"}, ConfigError, "leave no target"),
+    "include the output": ({"include": "last:neuron"}, ConfigError, "part of the model's output"),
     "seed": ({"seed": -1}, ConfigError, "seed must be"),
     "latency": ({"latency": [0]}, ConfigError, "at least 1"),
     "latency number": ({"latency": 4}, ConfigError, "list of batch sizes"),
@@ -839,3 +844,68 @@ def test_stage_defaults() -> None:
     assert Stage(HALF).steps == Schedule("cubic", steps=5)
     assert Stage(threshold=Threshold("mean")).steps == Schedule("one_shot", steps=1)
     assert replace(Stage(HALF), schedule=QUICK).steps == QUICK
+
+
+# --- what may be pruned, and in which sizes ------------------------------------------------------
+
+
+def test_include_and_exclude() -> None:
+    model = net()
+    for options in ({"exclude": "first"}, {"exclude": model.norm}, {"include": "*second:neuron"}):
+        result = run(model, budget=Budget(units=0.5), **options)
+        assert set(result.plan.removed) == {"second:neuron"}
+        left = {e.name: e.reason for e in result.report.excluded}
+        assert left["first:neuron"].startswith("excluded by the user: ")
+        assert isinstance(result.model, Net)
+        assert result.model.first.weight.shape == (16, 4)
+        assert result.model.second.weight.shape == (4, 16)
+
+
+class Blocks(nn.Module):
+    """Three blocks of one size: 4 + (4 -> 12 -> 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pairs = [(nn.Linear(4, 12), nn.Linear(12, 4)) for _ in range(3)]
+        self.blocks = nn.ModuleList(nn.Sequential(a, nn.ReLU(), b) for a, b in pairs)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.last(x)
+        return out
+
+
+@pytest.mark.parametrize("asked", [Budget(macs=0.4), Threshold("mean")], ids=["budget", "mean"])
+def test_homogeneous_blocks_keep_one_size(asked: Budget | Threshold) -> None:
+    torch.manual_seed(0)
+    model = Blocks()
+    key = "budget" if isinstance(asked, Budget) else "threshold"
+
+    def sizes(**options: Any) -> list[int]:
+        result = run(model, granularity="neuron", criterion="l2_norm", **{key: asked}, **options)
+        assert isinstance(result.model, Blocks)
+        return [b.get_parameter("0.bias").numel() for b in result.model.blocks]
+
+    method = {"allocation": "global"} if key == "budget" else {}
+    assert len(set(sizes(**method))) > 1
+    assert len(set(sizes(homogeneous=True, **method))) == 1
+
+
+def test_rounded_counts_are_told() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(4, 128, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
+    batches = [(x[:, :, None], y) for x, y in data()]
+    options: dict[str, Any] = {"example_inputs": batches[0][0], "schedule": Schedule("one_shot", 1)}
+    asked = Budget(units=0.4)  # 51 of 128
+    result = prune(model, batches, F.cross_entropy, budget=asked, **options)
+    assert result.counts.kept == {"0:channel": 48}
+    note = (
+        "counts rounded: 1 of 1 targets keep multiples of 16 units (round_to='auto'; "
+        "round_to=1 turns it off)"
+    )
+    assert note in result.report.notes
+    result = prune(model, batches, F.cross_entropy, budget=asked, round_to=1, **options)
+    assert result.counts.kept == {"0:channel": 51}
+    assert not [n for n in result.report.notes if "rounded" in n]

@@ -49,7 +49,10 @@ def test_every_key() -> None:
             "schedule": {"curve": "linear", "steps": 2},
             "finetune": {"epochs": 3, "lr": "1e-3"},  # YAML reads 1e-3 as a text
             "min_keep": 2,
-            "round_to": 4,
+            "round_to": {"channel": 8},
+            "homogeneous": True,
+            "include": ["layer*", "re:^fc"],
+            "exclude": "head",
             "control": "shuffle",
             "loss": "a:d",
             "metric": "a:e",
@@ -62,7 +65,9 @@ def test_every_key() -> None:
     (stage,) = recipe.all_stages()
     assert stage.granularity == ("neuron", "channel")
     assert stage.finetune == Finetune(epochs=3, lr=0.001)
-    assert (stage.min_keep, stage.round_to, stage.control) == (2, 4, "shuffle")
+    assert (stage.min_keep, stage.round_to, stage.control) == (2, {"channel": 8}, "shuffle")
+    assert stage.homogeneous
+    assert (recipe.include, recipe.exclude) == (["layer*", "re:^fc"], "head")
     assert not recipe.maximize
 
 
@@ -84,6 +89,12 @@ def test_every_key() -> None:
         ({"control": "rnd"}, "control: unknown control 'rnd'. Did you mean 'random'?"),
         ({"form": "modul"}, "form: unknown form 'modul'. Did you mean 'module'?"),
         ({"min_keep": 0}, "min_keep: got 0, should be greater than 0"),
+        ({"round_to": 0}, "round_to: round_to must be a whole number, at least 1"),
+        ({"round_to": "atuo"}, "round_to: round_to must be a whole number, at least 1, \"auto\""),
+        ({"round_to": {"chanel": 8}}, "round_to: unknown kind in round_to 'chanel'. Did you mean"),
+        ({"homogeneous": 3}, "homogeneous: got 3, should be a valid boolean"),
+        ({"exclude": 3}, "exclude: got 3, should be a valid string or a valid list"),
+        ({"exlude": "head"}, "exlude: unknown key. Did you mean 'exclude'?"),
         ({"seed": -1}, "seed: got -1, should be greater than or equal to 0"),
         ({"seed": "a"}, "seed: got 'a', should be a valid integer"),
         ({"seed": 2**32}, "seed: got 4294967296, should be less than 4294967296"),

@@ -113,6 +113,20 @@ def test_a_dry_run_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
         check_recipe(parse_recipe({**TASK, "budget": {"macs": 10}}), found)
 
 
+def test_include_and_exclude_reach_the_run(problem: Problem) -> None:
+    recipe = parse_recipe({**TASK, "exclude": "layers.2:neuron", "round_to": 8})
+    assert set(check_recipe(recipe, problem).units) == {"layers.0:neuron"}
+    report = run_recipe(recipe, problem).report
+    assert [t.name for t in report.targets] == ["layers.0:neuron"]
+    assert report.targets[0].n_kept % 8 == 0
+    assert ("layers.2:neuron", "excluded by the user: layers.2:neuron") in [
+        (e.name, e.reason) for e in report.excluded
+    ]
+    recipe = parse_recipe({**TASK, "include": ["layers.2*", "lyers.0"]})
+    with pytest.raises(ConfigError, match=r"include 'lyers\.0' .* Did you mean 'layers\.0'"):
+        check_recipe(recipe, problem)
+
+
 def test_an_unknown_task() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'digits-mlp'"):
         load_problem(parse_recipe({**TASK, "task": "digit-mlp"}))

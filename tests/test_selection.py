@@ -140,6 +140,6 @@ def test_hostile_scores_and_graphs() -> None:
     with pytest.raises(ConfigError, match="unknown scored target '1:neuron'"):
         select(s, Counts({"1:neuron": 3}, Budget(units=0.5)))
     bare = Graph(graph.targets)
-    with pytest.raises(ConfigError, match=r"does not know the shape of 0\.weight"):
+    with pytest.raises(ConfigError, match=r"does not know the shape of 0\.bias"):
         select(Scores(bare, {"0:neuron": torch.arange(6.0)}, "test"),
                Counts({"0:neuron": 3}, Budget(units=0.5)))  # fmt: skip

@@ -6,6 +6,7 @@
     Scores, Counts        -- select   -> Plan     which ones, as indices and masks
     model, optimizer      -- hold_masks, finetune -> the masked model heals
     model, Plan           -- shrink   -> a smaller model, verified equal to the masked one
+    optimizer, Plan       -- carry_optimizer -> its state sliced, to train the smaller model on
     before, after         -- measure, diagnose, report
 
 `prune` is the composition of these. Names are imported on first use.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateurs.allocation import allocate as allocate
+    from secateurs.carrying import carry_optimizer as carry_optimizer
     from secateurs.diagnosis import diagnose as diagnose
     from secateurs.errors import PruningError as PruningError
     from secateurs.finetuning import Finetune as Finetune
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "allocate": "allocation",
+    "carry_optimizer": "carrying",
     "diagnose": "diagnosis",
     "PruningError": "errors",
     "Finetune": "finetuning",

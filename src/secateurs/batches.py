@@ -7,7 +7,7 @@ the samples. Checks here run before anything expensive and name the batch at fau
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateurs.errors import CaptureError, DataError, ScoringError
+from secateurs.errors import CaptureError, DataError, ScoringError, choose
 from secateurs.types import Batch, Batches, Inputs, LossFn
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "in_mode",
     "iterate",
     "model_device",
+    "named_outputs",
     "preserve",
     "tensors",
     "to_device",
@@ -46,6 +47,46 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a nested structure, in a fixed order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def named_outputs(tree: Any, names: Iterable[str] = ()) -> Any:
+    """The parts of a model's output that a user named; all of it when there are no names.
+
+    Args:
+        tree: what the model returned.
+        names: keys of a dict, attributes, or positions, with dots for what is nested:
+            "logits", "0", "features.2".
+
+    Raises:
+        ConfigError: the output has no such part; the message lists those that it has.
+
+    Example:
+        >>> named_outputs({"logits": 1, "states": (2, 3)}, ["logits", "states.1"])
+        [1, 3]
+    """
+    wanted = list(names)
+    if not wanted:
+        return tree
+    found = []
+    for name in wanted:
+        part = tree
+        for step in name.split("."):
+            parts = _parts(part)
+            choose(step, parts, "output")
+            part = parts[step]
+        found.append(part)
+    return found
+
+
+def _parts(tree: Any) -> dict[str, Any]:
+    """The parts of one level of an output, by name."""
+    if isinstance(tree, Mapping):
+        return {str(k): v for k, v in tree.items()}
+    if hasattr(tree, "_fields"):  # a named tuple
+        return dict(zip(tree._fields, tree, strict=True))
+    if isinstance(tree, (tuple, list)):
+        return {str(i): v for i, v in enumerate(tree)}
+    return {k: v for k, v in getattr(tree, "__dict__", {}).items() if not k.startswith("_")}
 
 
 def batch_size(inputs: Inputs) -> int:

@@ -8,7 +8,7 @@ for counts, fast enough for a search over allocations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,12 +90,14 @@ def cost_of_kept(graph: Graph, kept: Mapping[str, BoolArray]) -> Cost:
                 f"{marks.shape}"
             )
     params, macs = 0, 0.0
+    gone = {n: ~marks for n, marks in kept.items()}
     for term in graph.costs:
         target = graph.targets.get(term.name)
         if term.name in kept and isinstance(target, WeightTarget):
             left = _weights_left(graph, target, kept)
+            left *= _product(replace(term, dims=term.dims[len(target.shape) :]), gone)
         else:
-            left = _product(term, {n: ~marks for n, marks in kept.items()})
+            left = _product(term, gone)
         params += left if term.is_parameter else 0
         macs += left * term.uses
     return Cost(params, round(macs))

@@ -27,13 +27,14 @@ from pydantic import (
     model_validator,
 )
 
-from secateurs.allocation import ALLOCATORS
+from secateurs.allocation import ALLOCATORS, check_round_to
 from secateurs.controls import CONTROLS
 from secateurs.criteria import get_criterion
 from secateurs.errors import ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.imports import find_file, near_file
 from secateurs.pipeline import Stage
+from secateurs.pipeline.request import NORMS
 from secateurs.schedules import Schedule
 from secateurs.types import Budget, Threshold, expand_granularity
 
@@ -53,16 +54,19 @@ class StageRecipe(BaseModel):
     schedule: Schedule | None = None
     finetune: Finetune | None = None
     min_keep: PositiveInt = 1
-    round_to: PositiveInt = 1
+    round_to: int | str | dict[str, int] = "auto"
+    homogeneous: bool = False
     control: str | None = None
 
-    @field_validator("criterion", "granularity", "allocation", "control")
+    @field_validator("criterion", "granularity", "allocation", "round_to", "control")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name == "criterion":
             get_criterion(value)
         elif info.field_name == "granularity":
             expand_granularity(value)
+        elif info.field_name == "round_to":
+            check_round_to(value)
         elif value is not None:
             known = ALLOCATORS if info.field_name == "allocation" else CONTROLS
             choose(value, known, str(info.field_name))
@@ -81,7 +85,7 @@ class StageRecipe(BaseModel):
             budget=self.budget, threshold=self.threshold, criterion=self.criterion,
             granularity=kinds, allocation=self.allocation, schedule=self.schedule,
             finetune=self.finetune, min_keep=self.min_keep, round_to=self.round_to,
-            control=self.control,
+            homogeneous=self.homogeneous, control=self.control,
         )  # fmt: skip
 
 
@@ -96,6 +100,9 @@ class Recipe(StageRecipe):
         loss: with model and data, import path of `loss_fn(outputs, targets)`; None: cross entropy.
         metric: with model and data, import path of `metric(model, batches) -> float or dict`; None:
             accuracy.
+        include, exclude: names, globs, kinds or "re:..." of what may be pruned: see `Graph.only`.
+        outputs: names of the model's outputs that matter; None: all of them.
+        norm: "exact", "plain" or "pin": see `prune_stages`.
         maximize: whether a larger metric is better.
         stages: rounds that run in order, instead of the fields of a single one.
         form: "auto", "module" or "graph".
@@ -109,6 +116,10 @@ class Recipe(StageRecipe):
     data: str | None = None
     loss: str | None = None
     metric: str | None = None
+    include: str | list[str] | None = None
+    exclude: str | list[str] | None = None
+    outputs: list[str] | None = None
+    norm: str = "exact"
     maximize: bool = True
     stages: list[StageRecipe] = Field(default_factory=list)
     form: str = "auto"
@@ -120,6 +131,11 @@ class Recipe(StageRecipe):
     @classmethod
     def _known_form(cls, value: str) -> str:
         return choose(value, ["auto", "module", "graph"], "form")
+
+    @field_validator("norm")
+    @classmethod
+    def _known_norm(cls, value: str) -> str:
+        return choose(value, NORMS, "norm")
 
     def all_stages(self) -> list[Stage]:
         """The rounds, whether one or several."""

@@ -207,7 +207,9 @@ def check_recipe(recipe: Recipe, problem: Problem) -> Graph:
     return check_request(
         problem.model, problem.train, problem.loss_fn, recipe.all_stages(),
         example_inputs=problem.example_inputs, calibration=problem.calibration,
-        evaluate=_on(problem.metric, problem.validation), form=recipe.form, latency=recipe.latency,
+        evaluate=_on(problem.metric, problem.validation), include=recipe.include,
+        exclude=recipe.exclude, outputs=recipe.outputs or (), norm=recipe.norm, form=recipe.form,
+        latency=recipe.latency,
     )  # fmt: skip
 
 
@@ -236,6 +238,10 @@ def run_recipe(
         calibration=problem.calibration,
         evaluate=_on(problem.metric, problem.validation),
         test=_on(problem.metric, problem.test),
+        include=recipe.include,
+        exclude=recipe.exclude,
+        outputs=recipe.outputs or (),
+        norm=recipe.norm,
         maximize=recipe.maximize,
         form=recipe.form,
         seed=recipe.seed,

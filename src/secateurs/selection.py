@@ -7,7 +7,7 @@ Each target keeps its `count` best units; of equal scores the unit with the smal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from secateurs.types import (
     Counts,
     Graph,
     GroupTarget,
-    IntArray,
+    Member,
     Plan,
     Scores,
     Threshold,
@@ -77,13 +77,18 @@ def select(scores: Scores, counts: Counts, *, previous: Plan | None = None) -> P
         if len(gone):
             removed[name] = gone
             reasons[name] = _reason(scores, counts, name, len(gone), len(values))
-    masks, shapes = _masks(graph, removed)
-    kept = _kept(graph, removed, shapes)
+    masks: Mapping[str, Tensor] = _masks(graph, removed)
+    kept = _kept(graph, removed)
+    shapes = {name: _shape(graph, name) for name in dict.fromkeys([*masks, *kept])}
     if previous is not None:
         masks, shapes, kept = _join(previous, masks, shapes, kept)
+    layers = _layers(graph, removed, {} if previous is None else previous.layers)
     kinds: set[str] = {graph.targets[name].kind for name in removed if name in graph.targets}
     kinds |= set(previous.granularity if previous is not None else ())
-    return Plan(kept, masks, removed, shapes, tuple(sorted(kinds)), reasons)
+    return Plan(
+        kept, masks, removed, shapes, tuple(sorted(kinds)), reasons, graph.outputs, layers,
+        graph.detail,
+    )  # fmt: skip
 
 
 def _reason(scores: Scores, counts: Counts, name: str, n_gone: int, n: int) -> str:
@@ -110,66 +115,109 @@ def _threshold_text(asked: Threshold) -> str:
     )
 
 
-def _masks(
-    graph: Graph, removed: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
-    """Masks of the dense shape, and those shapes, for everything that removed units touch."""
+def _shape(graph: Graph, name: str) -> tuple[int, ...]:
+    """The dense shape of a parameter or buffer."""
     dense: Mapping[str, tuple[int, ...]] = getattr(graph.detail, "shapes", {})
-    masks: dict[str, Tensor] = {}
+    target = graph.targets.get(name)
+    if isinstance(target, WeightTarget):
+        return target.shape
+    if name not in dense:
+        raise ConfigError(f"the graph does not know the shape of {name}; use a graph from trace")
+    return tuple(dense[name])
+
+
+class MaskTable(Mapping[str, Tensor]):
+    """Masks that are made when they are read, since of a large model they would fill the memory.
+
+    Attributes:
+        shapes: tensor name -> dense shape.
+        lines: tensor name -> (dim, positions along it) that are removed whole.
+        single: tensor name -> mask of single weights.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        lines: Mapping[str, list[tuple[int, Tensor]]],
+        single: Mapping[str, Tensor],
+    ) -> None:
+        self.shapes, self.lines, self.single = shapes, lines, single
+
+    def __getitem__(self, name: str) -> Tensor:
+        own = self.single.get(name)
+        mask = torch.ones(self.shapes[name], dtype=torch.bool) if own is None else own.clone()
+        for dim, positions in self.lines.get(name, ()):
+            mask.index_fill_(dim, positions, False)
+        return mask
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _masks(graph: Graph, removed: Mapping[str, Tensor]) -> MaskTable:
+    """Masks of the dense shape for everything that removed units touch."""
+    lines: dict[str, list[tuple[int, Tensor]]] = {}
+    single: dict[str, Tensor] = {}
     for name, gone in removed.items():
         target = graph.targets.get(name)
         if target is None:
             continue  # of an earlier plan for another graph: its masks are joined as they are
         if not isinstance(target, GroupTarget):
-            mask = masks.setdefault(name, torch.ones(target.shape, dtype=torch.bool))
-            mask.view(-1)[gone] = False
+            single[name] = torch.ones(target.shape, dtype=torch.bool)
+            single[name].view(-1)[gone] = False
             continue
-        lost = torch.zeros(target.n_units, dtype=torch.bool)
-        lost[gone] = True
-        for member in target.members:
-            if member.tensor not in dense:
-                raise ConfigError(
-                    f"the graph does not know the shape of {member.tensor}; use a graph from trace"
-                )
-            rows = _positions(member.index, member.unit, lost)
-            if len(rows):
-                shape = tuple(dense[member.tensor])
-                mask = masks.setdefault(member.tensor, torch.ones(shape, dtype=torch.bool))
-                mask.index_fill_(member.dim, rows, False)
-    return masks, {name: tuple(mask.shape) for name, mask in masks.items()}
+        for member, rows in _lost(target, gone):
+            if member.masked:
+                lines.setdefault(member.tensor, []).append((member.dim, rows))
+    return MaskTable({name: _shape(graph, name) for name in {**lines, **single}}, lines, single)
 
 
-def _positions(index: IntArray, unit: IntArray, lost: Tensor) -> Tensor:
-    """Positions along the member's dimension that belong to lost units."""
-    return torch.from_numpy(index[lost.numpy()[unit]])
+def _lost(target: GroupTarget, gone: Tensor) -> Iterator[tuple[Member, Tensor]]:
+    """The members that lose positions, and which."""
+    lost = torch.zeros(target.n_units, dtype=torch.bool)
+    lost[gone] = True
+    for member in target.members:
+        rows = torch.from_numpy(member.index[lost.numpy()[member.unit]])
+        if len(rows):
+            yield member, rows
 
 
-def _kept(
-    graph: Graph, removed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, dict[int, Tensor]]:
+def _kept(graph: Graph, removed: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
     """Positions that remain along every dimension that loses some."""
     lines: dict[str, dict[int, Tensor]] = {}
     for name, gone in removed.items():
         target = graph.targets.get(name)
-        if not isinstance(target, GroupTarget):
-            continue
-        lost = torch.zeros(target.n_units, dtype=torch.bool)
-        lost[gone] = True
-        for member in target.members:
-            rows = _positions(member.index, member.unit, lost)
-            if len(rows):
-                size = shapes[member.tensor][member.dim]
-                dims = lines.setdefault(member.tensor, {})
-                dims.setdefault(member.dim, torch.ones(size, dtype=torch.bool))[rows] = False
+        if not isinstance(target, GroupTarget) or target.kind == "layer":
+            continue  # a layer goes whole: nothing of it is cut
+        for member, rows in _lost(target, gone):
+            size = _shape(graph, member.tensor)[member.dim]
+            dims = lines.setdefault(member.tensor, {})
+            dims.setdefault(member.dim, torch.ones(size, dtype=torch.bool))[rows] = False
     return {
         name: {dim: line.nonzero().reshape(-1) for dim, line in sorted(dims.items())}
         for name, dims in lines.items()
     }
 
 
+def _layers(
+    graph: Graph, removed: Mapping[str, Tensor], earlier: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Tensors that go with each removed unit of kind "layer"."""
+    layers = dict(earlier)
+    for name, gone in removed.items():
+        target = graph.targets.get(name)
+        if isinstance(target, GroupTarget) and target.kind == "layer":
+            for unit in gone.tolist():
+                layers[target.unit_names[unit]] = target.unit_tensors[unit]
+    return layers
+
+
 def _join(
     previous: Plan,
-    masks: dict[str, Tensor],
+    masks: Mapping[str, Tensor],
     shapes: dict[str, tuple[int, ...]],
     kept: dict[str, dict[int, Tensor]],
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], dict[str, dict[int, Tensor]]]:

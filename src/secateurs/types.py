@@ -11,7 +11,7 @@ Index arrays are numpy int64, scores and masks are torch tensors on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from secateurs.asked import Budget, Threshold
 from secateurs.errors import choose
+from secateurs.filters import Patterns, Place, taken_out
+from secateurs.inventory import inventory, table
 
 __all__ = [
     "Batch",
@@ -89,6 +91,8 @@ class Member:
         outermost: for producers, False when another producer follows in series (a convolution
             whose output goes through a batch norm): scaling both would scale the unit twice.
         learned: False for buffers.
+        masked: False for what is sliced away with the unit but must not be zeroed before (the
+            direction of a weight norm, which is divided by its own length).
     """
 
     tensor: str
@@ -98,6 +102,7 @@ class Member:
     role: Role
     outermost: bool = True
     learned: bool = True
+    masked: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +161,9 @@ class GroupTarget:
         sites: where the activations can be hooked; empty for values inside fused kernels.
         removal: whose zeroing alone removes a unit exactly: "producers" when zero survives up
             to the consumers (relu, tanh, gelu), "consumers" when it does not (sigmoid).
+        unit_names: of kind "layer": the module path of each unit, for people.
+        unit_tensors: of kind "layer": parameters and buffers that go with each unit; those of its
+            members alone make it zero.
     """
 
     name: str
@@ -164,6 +172,8 @@ class GroupTarget:
     members: tuple[Member, ...]
     sites: tuple[Site, ...] = ()
     removal: Literal["producers", "consumers"] = "producers"
+    unit_names: tuple[str, ...] = ()
+    unit_tensors: tuple[tuple[str, ...], ...] = ()
 
 
 Target = WeightTarget | GroupTarget
@@ -222,6 +232,9 @@ class Graph:
         costs: one term per parameter and per operator that multiplies activations.
         front_end: which capture made it, e.g. "torch.export".
         unknown_ops: operators without a rule; what they touch is pinned.
+        outputs: names of the model's outputs that matter; empty for all.
+        notes: what a user should know about the capture.
+        device: type of the device that holds the model, e.g. "cpu".
     """
 
     targets: Mapping[str, Target]
@@ -229,7 +242,10 @@ class Graph:
     costs: tuple[CostTerm, ...] = ()
     front_end: str = ""
     unknown_ops: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     detail: Any = field(default=None, repr=False)
+    device: str = "cpu"
 
     @property
     def units(self) -> dict[str, int]:
@@ -249,12 +265,56 @@ class Graph:
         kinds = expand_granularity(granularity)
         return [t for t in self.targets.values() if t.kind in kinds]
 
-    def summary(self) -> str:
-        """A plain-text table of what can be pruned and what cannot, with reasons."""
-        every = [k for k in KINDS if k != "weight"]
-        rows = [f"{t.name:40s} {t.kind:9s} {t.n_units:6d} units" for t in self.groups(every)]
-        rows += [f"{e.name:40s} left whole: {e.reason}" for e in self.excluded]
-        return "\n".join(rows)
+    def only(
+        self,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> Graph:
+        """The same graph with fewer targets; those taken out are listed in `excluded`.
+
+        A target matches when its name matches, or the module of any of its learned members, or a
+        module around that one. Those that match `include` stay, but not those that match `exclude`.
+
+        Args:
+            include, exclude: one or several of: a name or glob ("layer3", "layer3.*", "*:head"), a
+                kind ("channel"; names of targets and modules go first), a regular expression that
+                is searched for (compiled, or the text "re:..."), a module class, a module.
+            model: the traced model; needed for module classes and modules.
+
+        Raises:
+            ConfigError: a pattern that matches nothing, or nothing is left.
+
+        Example:
+            >>> graph = Graph({"fc.weight": WeightTarget("fc.weight", (2, 2)),
+            ...                "head.weight": WeightTarget("head.weight", (2, 2))})
+            >>> fewer = graph.only(exclude="head")
+            >>> list(fewer.targets), fewer.excluded[0].reason
+            (['fc.weight'], 'excluded by the user: head')
+        """
+        places = {t.name: Place(t.name, t.kind, learned_tensors(t)) for t in self.targets.values()}
+        whole = {e.name: e.reason for e in self.excluded}
+        out = taken_out(list(places.values()), whole, include, exclude, model)
+        held = {x for n in out if places[n].kind != "weight" for x in places[n].tensors}
+        # A weight of a listed group is not listed again.
+        listed = [Exclusion(n, why) for n, why in out.items() if n not in held]
+        targets = {name: t for name, t in self.targets.items() if name not in out}
+        return replace(self, targets=targets, excluded=(*self.excluded, *listed))
+
+    def summary(self, *, every: bool = False) -> str:
+        """A plain-text table: what can be pruned and how much that is, what cannot and why.
+
+        Args:
+            every: name each member, and each part that is left whole.
+        """
+        return table(inventory(self, {*KINDS} - {"weight"}, STRUCTURED), every=every)
+
+
+def learned_tensors(target: Target) -> tuple[str, ...]:
+    """Names of the parameters in which the units of a target live."""
+    if isinstance(target, WeightTarget):
+        return (target.name,)
+    return tuple(dict.fromkeys(m.tensor for m in target.members if m.learned))
 
 
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
@@ -307,12 +367,14 @@ class Counts:
         asked: the budget or threshold.
         realised: remaining fraction of the dense model for "units", "params" and "macs".
         thresholds: target name -> score below which units go (for plots and messages).
+        round_to: target name -> its count is a multiple of this; only where that is above 1.
     """
 
     kept: Mapping[str, int]
     asked: Budget | Threshold
     realised: Mapping[str, float] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    round_to: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,6 +389,10 @@ class Plan:
         shapes: tensor name -> dense shape of every tensor in `kept` or `masks`.
         granularity: kinds that were pruned.
         reasons: target name -> one sentence: criterion, threshold or budget, how many.
+        outputs: names of the model's outputs that matter; empty for all.
+        layers: name of a removed unit of kind "layer" -> parameters and buffers that go with it;
+            those whose mask is all False make it zero.
+        detail: the analysis of the graph that it was made from, while that is at hand.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -335,6 +401,9 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     granularity: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    detail: Any = field(default=None, repr=False)
 
     @property
     def n_removed(self) -> int:
@@ -344,4 +413,4 @@ class Plan:
     @property
     def structural(self) -> bool:
         """Whether something is physically removed (else only masked)."""
-        return bool(self.kept)
+        return bool(self.kept or self.layers)

@@ -141,6 +141,10 @@ def test_a_dry_run_runs_nothing_and_writes_nothing(run: Run, tmp_path: Path) -> 
     assert found["units"] == [{"layers.0:neuron": 128, "layers.2:neuron": 64}]
     assert found["model"]["macs"] == 17024
     assert found["excluded"][0]["name"] == "layers.4:neuron"
+    code, out, err = run("run", "r.yaml", "--dry-run", "--set", "exclude=re:2.neuron")
+    assert code == 0, err
+    assert "layers.2:neuron: 64" not in out
+    assert "left whole: layers.2:neuron: excluded by the user: re:2.neuron" in out
     assert files(tmp_path) == before
 
 
@@ -157,6 +161,8 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["run", "r.yaml", "--set", "budget.macs=-0.1"], 2, "in (0, 1]"),
     (["run", "r.yaml", "--set", "criterion=tailor"], 2, "Did you mean 'taylor'?"),
     (["run", "r.yaml", "--set", "task=digit-mlp"], 2, "Did you mean 'digits-mlp'?"),
+    (["run", "r.yaml", "--set", "round_to=atuo"], 2, 'at least 1, "auto"'),
+    (["run", "r.yaml", "--dry-run", "--set", "exclude=layrs"], 2, "Did you mean 'layers'?"),
     (["run", "r.yaml", "--seed", "-1"], 2, "seed: got -1"),
     (["run", "r.yaml", "--out", "r.yaml"], 2, "r.yaml is a file; name a directory"),
     (["run", "r.yaml", "--out", "r.yaml/deep"], 2, "r.yaml is a file; name a directory"),

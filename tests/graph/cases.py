@@ -151,7 +151,8 @@ linear_case(
     {"a:neuron": 3, "a:neuron#2": 5, "b:neuron": 5}, "graph", **_EIGHT,
 )  # fmt: skip
 linear_case("constant into a slice", _write_ones, {"a:neuron": 5, "a:neuron#2": 3}, "graph")
-linear_case("base changed after a view", _base_after_view, {"a:neuron": 3, "a:neuron#2": 5})
+linear_case("base changed after a view", _base_after_view,
+            {"a:neuron": 3, "a:neuron#2": 5}, "graph")  # fmt: skip
 linear_case("relu on a view", _relu_on_view, {"a:neuron": 4}, "graph")
 linear_case(
     "over-long and negative bounds",
@@ -232,7 +233,7 @@ image_case(
 )
 image_case(
     "padded channels", lambda n, f, x: n.c(F.pad(f[:, :3], (0, 0, 0, 0, 2, 3))),
-    {"a:channel": 5, "c:channel": 8}, **_CONV,
+    {"a:channel": 3, "a:channel#2": 5, "c:channel": 8}, "graph", **_CONV,
 )  # fmt: skip
 image_case("padded with ones", lambda n, f, x: n.c(n.d(F.pad(f, (1, 1, 1, 1), value=1.0))), _AC,
            d=lambda: nn.Conv2d(8, 8, 3, groups=8), **_CONV)  # fmt: skip
@@ -315,7 +316,7 @@ recurrent_case("learned state", nn.GRU,
                form="graph", num_layers=2,
                parts={"h0": lambda: nn.Parameter(torch.randn(2, 1, 6))})  # fmt: skip
 recurrent_case("encoded state", nn.GRU,
-               lambda n, x: n.r(x, torch.sigmoid(n.e(x[:, 0]))[None])[0][:, -1], {"e:neuron": 6},
+               lambda n, x: n.r(x, torch.sigmoid(n.e(x[:, 0]))[None])[0][:, -1], {"e:hidden": 6},
                parts={"e": lambda: nn.Linear(4, 6)})  # fmt: skip
 CASES["embedding"] = Case(
     lambda: Net(

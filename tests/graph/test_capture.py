@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,10 @@ from torch.nn import functional as F
 
 import secateurs as sc
 from secateurs.errors import CaptureError
+from secateurs.graph.capture import export_module, tape_of
+from secateurs.graph.rules import interpret
+from secateurs.graph.tape import record_run
+from secateurs.graph.units import find_targets
 from secateurs.types import Inputs
 from tests.graph.nets import Net, plan_of, randomized, rows, sequence, shrunk, tolerable, traced
 
@@ -108,12 +112,6 @@ BAD: dict[str, tuple[nn.Module, Inputs]] = {
     "the model returns float, no tensor": (Net(lambda n, x: 1.0), rows()),
     "the model returns NoneType, no tensor": (Net(lambda n, x: None), rows()),
     "the model refuses example_inputs: mat1 and mat2": (nn.Linear(5, 2), rows()),
-    "branches on, or sizes by, the values of tensors": (
-        Net(lambda n, x: n.a(x) if x.sum() > 0 else n.a(-x), a=nn.Linear(6, 2)), rows()
-    ),
-    "rename the submodule 'graph'": (
-        Net(lambda n, x: n.graph(x), graph=nn.Linear(6, 2)), rows()
-    ),
 }  # fmt: skip
 
 
@@ -123,6 +121,51 @@ def test_what_cannot_be_captured(message: str, capfd: pytest.CaptureFixture[str]
     with pytest.raises(CaptureError, match=message):
         sc.trace(model, inputs)
     assert capfd.readouterr() == ("", "")  # the exporter would print a whole graph
+
+
+NO_GRAPH: dict[str, Callable[[], nn.Module]] = {
+    "branches on, or sizes by, the values of tensors": lambda: Net(
+        lambda n, x: n.c(F.relu(n.a(x) if x.sum() > 0 else n.a(-x))),
+        a=nn.Linear(6, 8), c=nn.Linear(8, 2),
+    ),
+    "rename the submodule 'graph'": lambda: Net(
+        lambda n, x: n.c(F.relu(n.graph(x))), graph=nn.Linear(6, 8), c=nn.Linear(8, 2)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", NO_GRAPH)
+def test_what_has_a_module_form_only(message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The exporter refuses it: traced and pruned all the same, and the graph form says why not."""
+    model = NO_GRAPH[message]()
+    graph = traced(model, rows())
+    assert sum(graph.units.values()) == 8
+    plan = plan_of(model, graph)
+    _, info = shrunk(model, plan, rows())
+    assert info.form == "module"
+    assert tolerable(info.verification)
+    with pytest.raises(CaptureError, match=message):
+        sc.shrink(model, plan, rows(), form="graph")
+    with pytest.raises(CaptureError, match=message):
+        export_module(model, rows(), training=False)
+    assert capfd.readouterr() == ("", "")  # the exporter would print a whole graph
+
+
+def test_both_front_ends_say_the_same() -> None:
+    """The same operators in the same order, the same units."""
+    net = randomized(busy_model())
+    light = record_run(net, sequence())
+    heavy, _ = tape_of(export_module(net, sequence(), training=False), net, sequence())
+    views = {"alias", "detach"}
+    assert [r.op for r in light.records if r.op not in views] == [
+        r.op for r in heavy.records if r.op not in views and r.outputs
+    ]
+    assert light.front_end == "run"
+    assert heavy.front_end == "torch.export"
+    assert light.batch_size == heavy.batch_size == 2
+    found = [find_targets(interpret(tape), net).targets for tape in (light, heavy)]
+    kept = [{n: t.n_units for n, t in targets.items() if t.kind != "weight"} for targets in found]
+    assert kept[0] == kept[1] == {"r:hidden": 6}
 
 
 def test_tied_parameters_have_the_first_of_their_names() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from secateurs.graph import capture, rules
 from secateurs.graph.elementwise import at_zero
-from secateurs.graph.labels import Labels, connected
+from secateurs.graph.labels import Labels, Pins, connected
 from secateurs.graph.records import Record, Ref, Tape, Value
 from secateurs.types import IntArray
 from tests.graph.nets import rows
@@ -23,6 +23,12 @@ def blank(n_atoms: int) -> Labels:
     labels = Labels(Tape([], [], (), "hand"))
     labels.n_atoms = n_atoms
     return labels
+
+
+def solved(labels: Labels) -> tuple[IntArray, IntArray, Pins]:
+    """Components, those that are pinned, and why."""
+    component, pins = labels.solve()
+    return component, np.flatnonzero(pins.of >= 0), pins
 
 
 def test_connected_gives_the_smallest_member() -> None:
@@ -47,7 +53,7 @@ def test_a_tie_with_atom_zero_is_a_pin_with_its_reason() -> None:
     labels = blank(4)
     labels.tie(ints(1, 2), ints(0, 3), "because")
     labels.live(ints(2, 3))
-    _, pinned, why = labels.solve()
+    _, pinned, why = solved(labels)
     assert pinned.tolist() == [0, 1]
     assert why[1].reason == "because"
 
@@ -55,7 +61,7 @@ def test_a_tie_with_atom_zero_is_a_pin_with_its_reason() -> None:
 def test_what_never_takes_part_is_pinned() -> None:
     labels = blank(3)
     labels.live(ints(1))
-    _, pinned, why = labels.solve()
+    _, pinned, why = solved(labels)
     assert pinned.tolist() == [0, 2]
     assert "takes no part" in why[2].reason
 
@@ -66,7 +72,7 @@ def test_a_block_loses_whole_rows_or_columns() -> None:
     block = np.arange(1, 7).reshape(2, 3)
     labels.live(block)
     labels.oblige(block)
-    component, pinned, _ = labels.solve()
+    component, pinned, _ = solved(labels)
     assert component[block].tolist() == [[1, 2, 3], [1, 2, 3]]
     assert pinned.tolist() == [0]
 
@@ -77,7 +83,7 @@ def test_a_block_with_pinned_entries_comes_to_an_end() -> None:
     block = np.array([[0, 1], [2, 3]])
     labels.live(ints(1, 2, 3))
     labels.oblige(block)
-    component, pinned, why = labels.solve()
+    component, pinned, why = solved(labels)
     assert pinned.tolist() == [0, 1]
     assert why[1].reason == "it is one block with entries that are fixed"
     assert component[block[1]].tolist() == [2, 2]

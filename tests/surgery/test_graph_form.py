@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import secateurs as sc
 from secateurs.errors import SoundnessError
-from secateurs.surgery.graph_form import PrunedGraph, removed_atoms
+from secateurs.surgery.graph_form import PrunedGraph
+from secateurs.surgery.rewriter import removed_atoms
 from secateurs.surgery.shrinking import info_of
 from secateurs.types import Plan
 from tests.graph.nets import (

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from secateurs.cli import demo, run, tasks
+from secateurs.cli import analyze, demo, run, tasks
 
 __all__ = ["app", "main"]
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("analyze")(analyze.analyze)
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("tasks")(tasks.tasks)

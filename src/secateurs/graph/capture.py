@@ -2,6 +2,9 @@
 
 `export_module` runs the exporter and returns its graph module; `tape_of` reads that module into
 records. Both leave the user's model as it was. Other front ends produce the same `Tape`.
+
+A region (a part under `no_grad`, autocast or checkpointing) is a graph of its own inside the graph:
+its operators are read into the same tape, between those around it.
 """
 
 from __future__ import annotations
@@ -11,24 +14,45 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from secateurs.batches import batch_size, clone_inputs, in_mode, preserve, tensors
+from secateurs.batches import (
+    batch_size,
+    clone_inputs,
+    in_mode,
+    named_outputs,
+    preserve,
+    tensors,
+)
 from secateurs.errors import CaptureError
 from secateurs.graph.records import Record, Ref, Tape, Value
+from secateurs.graph.tape import operator_facts, plain_kernels
 from secateurs.types import Inputs
 
-__all__ = ["export_module", "is_free", "tape_of"]
+__all__ = ["Ids", "export_module", "is_free", "matters", "output_leaves", "region_of", "tape_of"]
+
+Ids = Mapping[str, "int | tuple[int | None, ...]"]
+"""Graph node -> its value or values; a node of a region is called "region/node"."""
+
+REGIONS = frozenset(
+    "wrap_with_set_grad_enabled wrap_with_autocast tag_activation_checkpoint wrap".split()
+)
+"""Operators that run a graph as it stands: what it computes does not depend on them."""
 
 
 def export_module(model: nn.Module, example_inputs: Inputs, *, training: bool) -> fx.GraphModule:
-    """Capture `model` in one mode as a graph of operators, with a dynamic batch where it can be.
+    """Capture `model` in one mode as a graph of operators, with dynamic sizes where it can be.
+
+    Free are the batch and, for sequences, the length: of integer inputs all dimensions longer than
+    1, of floating-point inputs the first, and the second if they have three.
 
     The graph module owns the model's own parameters, under their names.
 
@@ -37,7 +61,7 @@ def export_module(model: nn.Module, example_inputs: Inputs, *, training: bool) -
     """
     inputs = clone_inputs(example_inputs)
     args, kwargs = _call_arguments(inputs)
-    with preserve(model), in_mode(model, training=training), _plain_kernels(model):
+    with preserve(model), in_mode(model, training=training), plain_kernels(model):
         try:
             with torch.no_grad():
                 output = model(*args, **kwargs)
@@ -58,23 +82,85 @@ def export_module(model: nn.Module, example_inputs: Inputs, *, training: bool) -
                 f"torch.export cannot capture the model in {mode} mode: {first}{hint}"
             ) from error
     assert isinstance(module, fx.GraphModule)
-    module.graph.eliminate_dead_code()
-    _own_constants_(module)
+    module.graph.eliminate_dead_code(is_impure_node=matters)
+    _own_constants_(module, model)
     module.recompile()
+    _settle_sizes_(module, args, kwargs)
     return module
 
 
-def _own_constants_(module: fx.GraphModule) -> None:
-    """Constants of the capture become buffers of its own that are not part of the state dict."""
+def matters(node: fx.Node) -> bool:
+    """Whether a node without users must stay: it is overwritten, or it is the interface."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    schema = getattr(node.target, "_schema", None)
+    return node.is_impure() if schema is None else bool(schema.is_mutable)
+
+
+def _settle_sizes_(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Where sizes depend on the values of tensors, note those of the example inputs."""
+    if not any(_unknown(n.meta.get("val")) for n in module.graph.nodes):
+        return
+
+    class Sizes(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            result = super().run_node(node)
+            if _unknown(node.meta.get("val")):
+                node.meta["val"] = pytree.tree_map_only(
+                    torch.Tensor, lambda t: torch.empty_like(t, device="meta"), result
+                )
+            return result
+
+    with torch.no_grad(), preserve(module):
+        flat = pytree.tree_leaves((args, kwargs))
+        Sizes(module).run(*flat, enable_io_processing=False)
+
+
+def _unknown(meta: Any) -> bool:
+    """Whether something captured has a size that only a run can tell."""
+    sizes: list[Any] = [s for t in tensors(meta) for s in t.shape]
+    sizes += [s for s in pytree.tree_leaves(meta) if isinstance(s, torch.SymInt)]
+    return any(isinstance(s, torch.SymInt) and s.node.hint is None for s in sizes)
+
+
+def _own_constants_(module: fx.GraphModule, model: nn.Module) -> None:
+    """Constants of the capture become buffers of its own that are not part of the state dict.
+
+    Where one is a parameter that the model reads past its registration (Keras does), it gets its
+    name back.
+    """
+    named = (*model.named_parameters(), *model.named_buffers())
+    known = {(t.data_ptr(), t.shape, t.stride()): (name, t) for name, t in named if t.numel()}
     for node in module.graph.nodes:
-        if node.op != "get_attr":
+        if node.op != "get_attr" or isinstance(_attribute(module, node.target), nn.Module):
             continue
         path, _, attribute = node.target.rpartition(".")
         owner = module.get_submodule(path)
         value = owner.__dict__.get(attribute)
-        if isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
+            continue
+        found = None
+        if value.numel() and not value.is_meta:
+            found = known.get((value.data_ptr(), value.shape, value.stride()))
+        if found is not None:
+            node.target = found[0]
+            _register(module, *found)
+        else:
             delattr(owner, attribute)
             owner.register_buffer(attribute, value.detach().clone(), persistent=False)
+
+
+def _register(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a parameter or buffer under its name, modules on the way included."""
+    *path, attribute = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(attribute, tensor)
+    elif attribute not in module._buffers:
+        module.register_buffer(attribute, tensor)
 
 
 def _call_arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,25 +180,48 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.export.ExportedProgram:
     n = _samples((*args, *kwargs.values()))
-
-    def dims(x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            dynamic = x.dim() > 0 and x.shape[0] == n and n > 1
-            return {0: torch.export.Dim.AUTO} if dynamic else None
-        return None
-
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    spec = {name: pytree.tree_map(dims, value) for name, value in bound.items()}
+
+    def spec(dims: Any) -> dict[str, Any]:
+        return {name: pytree.tree_map(dims, value) for name, value in bound.items()}
+
+    def lengths(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.dim():
+            return None
+        free = {0} if x.shape[0] == n else set()
+        if not x.is_floating_point():
+            free = set(range(x.dim()))
+        elif x.dim() == 3:
+            free = {0, 1}
+        return _auto(x, free)
+
+    def batch(x: Any) -> Any:
+        found = isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == n
+        return _auto(x, {0}) if found else None
+
+    tries = [spec(lengths), spec(batch), None]
+    unrolled = any(isinstance(m, nn.RNNBase) for m in model.modules())  # its length is fixed then
+    if unrolled or tries[0] == tries[1]:
+        tries.pop(0)
     with warnings.catch_warnings():
         # Exporting a recurrent layer warns about its cached weight list; nothing is lost.
         warnings.filterwarnings("ignore", message=".*_flat_weights.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         with _quiet():
-            try:
-                return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
-            except Exception:  # perhaps only the free batch size is at fault
-                return torch.export.export(model, args, kwargs, strict=False)
+            for sizes in tries[:-1]:
+                try:
+                    return torch.export.export(
+                        model, args, kwargs, dynamic_shapes=sizes, strict=False
+                    )
+                except Exception:  # perhaps only the free sizes are at fault
+                    continue
+            return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _auto(x: torch.Tensor, dims: set[int]) -> dict[int, Any] | None:
+    """Dimensions that may be free, if the model lets them."""
+    return {d: torch.export.Dim.AUTO for d in sorted(dims) if x.shape[d] > 1} or None
 
 
 @contextmanager
@@ -127,125 +236,221 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-@contextmanager
-def _plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Capture attention as written, and keep each recurrent layer's cached weight list."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    flat = [(m, m._flat_weights) for m in model.modules() if isinstance(m, nn.RNNBase)]
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, weights in flat:
-            module._flat_weights = weights
-
-
 def tape_of(
-    module: fx.GraphModule, model: nn.Module, example_inputs: Inputs
-) -> tuple[Tape, dict[str, int | tuple[int, ...]]]:
+    module: fx.GraphModule,
+    model: nn.Module,
+    example_inputs: Inputs,
+    outputs: Iterable[str] = (),
+) -> tuple[Tape, Ids]:
     """Read an exported graph module into a tape.
 
     Args:
         module: from `export_module`.
         model: the original, for the names of its parameters and buffers.
         example_inputs: as captured.
+        outputs: names of the outputs that matter; empty for all.
 
     Returns:
         The tape, and for each graph node the id (or ids) of its value, for rewriting.
     """
-    parameters = _first_names(model.named_parameters(remove_duplicate=False))
-    buffers = _first_names(model.named_buffers(remove_duplicate=False))
-    tape = Tape([], [], (), "torch.export", _samples(example_inputs))
-    ids: dict[str, int | tuple[int, ...]] = {}
-    symbols: dict[str, int] = {}
-    stored: dict[str, int] = {}
+    reader = _Reader(
+        model,
+        Tape([], [], (), "torch.export", _samples(example_inputs)),
+        _first_names(model.named_parameters(remove_duplicate=False)),
+        _first_names(model.named_buffers(remove_duplicate=False)),
+    )
+    reader.read(module, "", {})
+    reader.tape.outputs = _outputs(module, reader.ids, outputs)
+    return reader.tape, reader.ids
 
-    def add(meta: Any, source: Any, name: str) -> int:
+
+def _outputs(module: fx.GraphModule, ids: Ids, names: Iterable[str]) -> tuple[int, ...]:
+    """Values of the outputs that matter."""
+    leaves, wanted = output_leaves(module.graph, names)
+    found = (ids.get(x.name) for i in wanted if isinstance(x := leaves[i], fx.Node))
+    return tuple(i for i in found if isinstance(i, int))
+
+
+def output_leaves(graph: fx.Graph, names: Iterable[str] = ()) -> tuple[list[Any], list[int]]:
+    """What an exported graph returns, flat, and the positions of the named outputs (or of all)."""
+    last = next(iter(reversed(graph.nodes)))
+    leaves = list(pytree.tree_leaves(last.args[0]))
+    if not (names := tuple(names)):
+        return leaves, list(range(len(leaves)))
+    spec = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    numbered = [torch.tensor(i) for i in range(len(leaves))]  # containers may insist on tensors
+    tree = pytree.tree_unflatten(numbered, spec)
+    return leaves, [int(t) for t in tensors(named_outputs(tree, names))]
+
+
+def region_of(node: fx.Node, owner: nn.Module) -> tuple[str, tuple[Any, ...]] | None:
+    """The name of the graph that a node runs as it stands, and what it is given.
+
+    Args:
+        node: of a graph over `owner`.
+        owner: holds the graphs of regions by name.
+    """
+    if getattr(node.target, "__name__", "") not in REGIONS:
+        return None
+    for i, x in enumerate(node.args):
+        found = isinstance(x, fx.Node) and x.op == "get_attr"
+        if found and isinstance(_attribute(owner, str(x.target)), fx.GraphModule):  # type: ignore[union-attr]
+            return str(x.target), tuple(node.args[i + 1 :])  # type: ignore[union-attr]
+    return None
+
+
+@dataclass
+class _Reader:
+    """Reads the nodes of a graph, and of the regions in it, into one tape."""
+
+    model: nn.Module
+    tape: Tape
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+    ids: dict[str, int | tuple[int | None, ...]] = field(default_factory=dict)
+    symbols: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)
+
+    def add(self, meta: torch.Tensor, source: Any, name: str) -> int:
         shape = tuple(_hint(s) for s in meta.shape)
-        dynamic = frozenset(d for d, s in enumerate(meta.shape) if is_free(s))
-        tape.values.append(Value(len(tape.values), shape, meta.dtype, source, name, dynamic))
-        return len(tape.values) - 1
+        self.tape.values.append(Value(len(self.tape.values), shape, meta.dtype, source, name))
+        return len(self.tape.values) - 1
 
-    def argument(x: Any) -> Any:
+    def argument(self, x: Any, prefix: str) -> Any:
+        """An argument as a record has it."""
         if isinstance(x, fx.Node):
-            if x.name in symbols:
-                return symbols[x.name]
-            found = ids.get(x.name)
-            if found is None:
-                return None
-            return Ref(found) if isinstance(found, int) else tuple(Ref(i) for i in found)
+            if prefix + x.name in self.symbols:
+                return self.symbols[prefix + x.name]
+            found = self.ids.get(prefix + x.name)
+            if isinstance(found, tuple):
+                return tuple(None if i is None else Ref(i) for i in found)
+            return None if found is None else Ref(found)
         if isinstance(x, (list, tuple)):
-            return type(x)(argument(i) for i in x)
+            return type(x)(self.argument(i, prefix) for i in x)
         return x
 
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            meta = node.meta.get("val")
-            if isinstance(meta, torch.Tensor):
-                ids[node.name] = add(meta, "input", node.name)
-            else:
-                symbols[node.name] = _hint(meta) if meta is not None else 0
-        elif node.op == "get_attr":
-            meta = _attribute(module, node.target)
-            if not isinstance(meta, torch.Tensor):
-                continue  # the body of a higher-order region; its operator has no rule
-            name = parameters.get(node.target) or buffers.get(node.target) or node.target
-            source = (
-                "parameter" if name in parameters else "buffer" if name in buffers else "constant"
-            )
-            if name not in stored:
-                stored[name] = add(meta, source, name)
-            ids[node.name] = stored[name]
-        elif node.op == "output":
-            found = [ids.get(n.name) for n in node.all_input_nodes]
-            tape.outputs = tuple(i for i in pytree.tree_leaves(found) if isinstance(i, int))
-        elif node.target is operator.getitem and isinstance(ids.get(node.args[0].name), tuple):
-            ids[node.name] = ids[node.args[0].name][node.args[1]]  # type: ignore[index]
-        else:
-            _read_call(node, tape, ids, symbols, add, argument)
-    return tape, ids
+    def read(self, module: fx.GraphModule, prefix: str, given: dict[str, Any]) -> Any:
+        """Append all operator calls of a graph; return what it returns, as arguments.
 
-
-def _read_call(
-    node: fx.Node,
-    tape: Tape,
-    ids: dict[str, int | tuple[int, ...]],
-    symbols: dict[str, int],
-    add: Any,
-    argument: Any,
-) -> None:
-    """Append one operator call."""
-    meta = node.meta.get("val")
-    if meta is not None and not tensors(meta) and not isinstance(meta, (list, tuple)):
-        symbols[node.name] = _hint(meta)
-    made: tuple[int, ...] = ()
-    if isinstance(meta, torch.Tensor):
-        ids[node.name] = add(meta, "op", node.name)
-        made = (len(tape.values) - 1,)
-    elif isinstance(meta, (list, tuple)):
-        made = tuple(add(m, "op", f"{node.name}[{i}]") for i, m in enumerate(meta))
-        ids[node.name] = made
-    raw = _operator_name(node.target)
-    op = raw[:-1] if raw.endswith("_") and not raw.endswith("__") else raw
-    module, call = _module_call(node)
-    tags = getattr(node.target, "tags", ())
-    tape.records.append(
-        Record(
-            op=op,
-            fn=node.target,  # type: ignore[arg-type]
-            args=tuple(argument(a) for a in node.args),
-            kwargs={k: argument(v) for k, v in node.kwargs.items()},
-            outputs=made,
-            inplace=raw != op,
-            pointwise=torch.Tag.pointwise in tags,
-            module=module,
-            call=call,
-            line=_user_line(node),
-            name=node.name,
-            index=len(tape.records),
+        Args:
+            module: the graph.
+            prefix: "" or "region/".
+            given: placeholder -> argument, in a region.
+        """
+        uses = Counter(
+            found[0] for n in module.graph.nodes if (found := region_of(n, module)) is not None
         )
-    )
+        for node in module.graph.nodes:
+            key = prefix + node.name
+            if node.op == "placeholder":
+                self.placeholder(node, key, given)
+            elif node.op == "get_attr":
+                self.attribute(module, node, key)
+            elif node.op == "output":
+                return self.argument(node.args[0], prefix)
+            elif node.target is operator.getitem and self.part(node, key, prefix):
+                continue
+            elif (region := region_of(node, module)) is not None and uses[region[0]] == 1:
+                self.region(module, node, prefix, *region)
+            else:
+                self.call(node, key, prefix)
+        return None
+
+    def placeholder(self, node: fx.Node, key: str, given: dict[str, Any]) -> None:
+        meta = node.meta.get("val")
+        if node.name in given:
+            if isinstance(given[node.name], Ref):
+                self.ids[key] = given[node.name].id
+            elif isinstance(given[node.name], int):
+                self.symbols[key] = given[node.name]
+        elif isinstance(meta, torch.Tensor):
+            self.ids[key] = self.add(meta, "input", node.name)
+        else:
+            self.symbols[key] = _hint(meta) if meta is not None else 0
+
+    def attribute(self, module: fx.GraphModule, node: fx.Node, key: str) -> None:
+        meta = _attribute(module, str(node.target))
+        if not isinstance(meta, torch.Tensor):
+            return  # the graph of a region
+        target = str(node.target)
+        name = self.parameters.get(target) or self.buffers.get(target) or target
+        if name in self.parameters:
+            source = "parameter"
+        elif name in self.buffers:
+            source = "buffer"
+        else:
+            source = "attribute" if _is_attribute(self.model, name) else "constant"
+        if name not in self.stored:
+            self.stored[name] = self.add(meta, source, name)
+        self.ids[key] = self.stored[name]
+
+    def part(self, node: fx.Node, key: str, prefix: str) -> bool:
+        """One tensor of several; False if nothing is known of them."""
+        whole, index = node.args
+        found = self.ids.get(prefix + whole.name) if isinstance(whole, fx.Node) else None
+        if not isinstance(found, tuple) or not isinstance(index, int):
+            return False
+        one = found[index]
+        if one is not None:
+            self.ids[key] = one
+        elif node.meta.get("val") is not None:
+            self.symbols[key] = _hint(node.meta["val"])
+        return True
+
+    def region(
+        self, module: fx.GraphModule, node: fx.Node, prefix: str, name: str, given: tuple[Any, ...]
+    ) -> None:
+        body = _attribute(module, name)
+        inputs = [n.name for n in body.graph.nodes if n.op == "placeholder"]
+        arguments = (self.argument(x, prefix) for x in given)
+        returned = self.read(body, f"{prefix}{name}/", dict(zip(inputs, arguments, strict=True)))
+        leaves = returned if isinstance(returned, (list, tuple)) else (returned,)
+        self.ids[prefix + node.name] = tuple(x.id if isinstance(x, Ref) else None for x in leaves)
+
+    def call(self, node: fx.Node, key: str, prefix: str) -> None:
+        """Append one operator call."""
+        meta = node.meta.get("val")
+        made: tuple[int, ...] = ()
+        if meta is None and node.users:  # several results, described where they are taken apart
+            parts = {
+                n.args[1]: n.meta["val"]
+                for n in node.users
+                if n.target is operator.getitem and isinstance(n.args[1], int) and "val" in n.meta
+            }
+            meta = [parts.get(i) for i in range(max(parts, default=-1) + 1)]
+        if isinstance(meta, torch.Tensor):
+            made = (self.add(meta, "op", key),)
+            self.ids[key] = made[0]
+        elif isinstance(meta, (list, tuple)):
+            found = tuple(
+                self.add(m, "op", f"{key}[{i}]") if isinstance(m, torch.Tensor) else None
+                for i, m in enumerate(meta)
+            )
+            self.ids[key] = found
+            made = tuple(i for i in found if i is not None)
+        elif meta is not None:
+            self.symbols[key] = _hint(meta)
+        op, inplace, pointwise = operator_facts(node.target)
+        given = (
+            node.args[:1] if op == "type_as" else node.args
+        )  # of the second only the type is read
+        module, call = _module_call(node)
+        self.tape.records.append(
+            Record(
+                op=op,
+                fn=node.target,  # type: ignore[arg-type]
+                args=tuple(self.argument(a, prefix) for a in given),
+                kwargs={k: self.argument(v, prefix) for k, v in node.kwargs.items()},
+                outputs=made,
+                inplace=inplace,
+                pointwise=pointwise,
+                module=module,
+                call=call,
+                line=_user_line(node),
+                name=key,
+                index=len(self.tape.records),
+            )
+        )
 
 
 def _first_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
@@ -266,17 +471,19 @@ def _hint(size: Any) -> int:
     return int(size) if isinstance(size, (int, float)) else 0
 
 
-def _operator_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target._schema.name.split("::")[1])
-    return str(getattr(target, "__name__", target))
-
-
 def _attribute(module: nn.Module, path: str) -> Any:
     owner: Any = module
     for part in path.split("."):
         owner = getattr(owner, part)
     return owner
+
+
+def _is_attribute(model: nn.Module, path: str) -> bool:
+    """Whether a tensor is held by the model, as neither parameter nor buffer."""
+    try:
+        return isinstance(_attribute(model, path), torch.Tensor)
+    except AttributeError:
+        return False
 
 
 def _module_call(node: fx.Node) -> tuple[str, int]:

@@ -22,10 +22,19 @@ from secateurs.graph.rules import rule
 __all__ = ["CREATE", "at_zero"]
 
 POINTWISE = (
-    "hardswish log_sigmoid multiply divide subtract floor_divide __and__ __or__ fill copy rrelu"
+    "hardswish log_sigmoid multiply divide subtract floor_divide true_divide __and__ __or__ "
+    "__xor__ fill copy rrelu rrelu_with_noise relu6 selu celu silu mish softplus softsign "
+    "tanhshrink hardtanh hardshrink softshrink threshold square clip clamp logical_and logical_or "
+    "logical_not masked_fill where addcmul addcdiv lerp rsub pow float_power arctan2 fix negative "
+    "absolute greater less greater_equal less_equal not_equal nan_to_num isnan isinf isfinite "
+    "fake_quantize dequantize _softplus glu_jvp zero special_expit special_expm1 special_log1p "
+    "special_xlogy nextafter hypot polar complex real imag maximum minimum sgn"
 ).split()
 LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like".split()
-CREATE = "zeros ones full empty new_zeros new_ones new_full new_empty".split()
+CREATE = (
+    "zeros ones full empty new_zeros new_ones new_full new_empty rand randn new_empty_strided"
+).split()
+COUNT = "arange linspace logspace eye tril_indices triu_indices randperm randint".split()
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,10 @@ class _Operand:
 
     def covers(self, dims: Sequence[int]) -> Factor | None:
         return next((f for f in self.factors if f.dims == tuple(dims)), None)
+
+    def own(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """Output dims as dims of the operand."""
+        return tuple(d - self.shift for d in dims)
 
     def full(self, dim: int) -> bool:
         """Whether the operand has more than one entry along this output dim."""
@@ -76,6 +89,10 @@ def _pointwise(labels: Labels, record: Record) -> None:
             labels.pin(first.labels, why, record.where)
         z = outcome == "zero"
         alone = [k for k in sorted(zeros) if z and at_zero(labels, record, {k}) == "zero"][:1]
+        for k, f in holders:
+            labels.pass_on(f.labels)
+            if labels.value(operands[k]).source == "parameter":
+                labels.make(f.labels, record)
         producers = frozenset().union(*(f.producers for _, f in holders))
         if alone:
             own = next(f.producers for k, f in holders if k == alone[0])
@@ -89,8 +106,9 @@ def _pointwise(labels: Labels, record: Record) -> None:
 
 
 def _coarsen_clashes(labels: Labels, operands: list[Ref], rank: int, record: Record) -> None:
-    """Where factors overlap without being equal, or a partner spans part of a joint factor,
-    tie the joint factor down to one dim: the one on which the others broadcast."""
+    """Where a partner spans part of a joint factor, tie the joint factor down: to the dims on
+    which the partners broadcast, or to those on which they carry labels of their own; heads rather
+    than positions in a head, unless the user asked for these."""
     for ref in operands:
         me = _aligned(labels, ref, rank)
         for factor in me.factors:
@@ -101,7 +119,19 @@ def _coarsen_clashes(labels: Labels, operands: list[Ref], rank: int, record: Rec
             if all(o.covers(factor.dims) is not None for o in partners):
                 continue
             free = [d for d in factor.dims if not any(o.full(d) for o in partners)]
-            labels.single(ref, (free or list(factor.dims))[0] - me.shift)
+            shared = [
+                d
+                for d in factor.dims
+                if d not in free
+                and all(not o.full(d) or any(d in f.dims for f in o.factors) for o in partners)
+            ]
+            outer = labels.options.heads == "head"
+            choices = [c for c in (free, shared) if c] or [[factor.dims[0 if outer else -1]]]
+            best = min(choices) if outer else max(choices, key=lambda c: c[-1])
+            now = next(f for f in labels.factors(ref) if f.dims == me.own(factor.dims))
+            coarse = labels.narrow(ref, now, me.own(best))
+            if not outer:
+                labels.heads.append((coarse.labels, "head_dim"))
 
 
 Outcome = Literal["zero", "other", "undefined"]
@@ -184,8 +214,20 @@ def _like(labels: Labels, record: Record) -> None:
 def _create(labels: Labels, record: Record) -> None:
     """Tensors made by size: their sizes can be rewritten, so they get atoms of their own."""
     out = labels.value(record.outputs[0])
+    for template in refs(record.args):
+        labels.ignore(template)
     sizes = [None if d in out.dynamic else n for d, n in enumerate(out.shape)]
     labels.add_axes(out, sizes, stored=False, z=record.op in ("zeros", "new_zeros"))
+
+
+@rule(*COUNT)
+def _count(labels: Labels, record: Record) -> None:
+    """Constants that the model computes: the entries that stay can be picked from them."""
+    out = labels.value(record.outputs[0])
+    if out.dynamic:
+        labels.assign(out.id, [])
+        return
+    labels.add_axes(out, out.shape, stored=False, z=False)
 
 
 @rule("prelu")

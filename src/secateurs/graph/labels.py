@@ -13,15 +13,18 @@ or if a weight zeroes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
-from secateurs.graph.records import Record, Ref, Tape, Value
+from secateurs.graph.records import Record, Ref, Tape, Value, refs
 from secateurs.types import IntArray, Kind
 
-__all__ = ["Axis", "Factor", "Labels", "Pin"]
+__all__ = ["OPTIONS", "Axis", "Factor", "Labels", "Options", "Pin", "Pins", "Product"]
+
+BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,56 @@ class Pin:
 
 
 @dataclass
+class Pins:
+    """Which components are pinned, and by which pin.
+
+    Attributes:
+        of: (n_atoms,) number of the pin of each component; -1 for none.
+        pins: the pins by number.
+    """
+
+    of: IntArray
+    pins: list[Pin] = field(default_factory=list)
+
+    def add(self, components: IntArray, pin: Pin) -> None:
+        """Pin what is not pinned yet."""
+        new = components[self.of[components] < 0]
+        self.of[new] = len(self.pins)
+        self.pins.append(pin)
+
+    def __getitem__(self, component: int) -> Pin:
+        return self.pins[int(self.of[component])]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user decides about an analysis.
+
+    Attributes:
+        heads: what attention keeps of channels viewed as heads x head size: whole heads, or
+            positions that all heads share.
+        norm: whether units may be removed from what a layer norm, RMS norm or mean counts
+            ("exact": with the norm's dense size kept), or stay ("pin").
+    """
+
+    heads: Literal["head", "head_dim"] = "head"
+    norm: Literal["exact", "pin"] = "exact"
+
+
+OPTIONS = tuple(Options(heads, norm) for norm in ("exact", "pin") for heads in ("head", "head_dim"))
+"""All of them, the defaults first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Multiply-adds between activations: the product of the sizes of its dims, times `times`."""
+
+    name: str
+    dims: tuple[tuple[int, IntArray | None], ...]
+    times: float
+
+
+@dataclass
 class Labels:
     """The state of one analysis: factors of every value, ties, pins and what was learned.
 
@@ -80,12 +133,19 @@ class Labels:
     makers: dict[int, list[Record]] = field(default_factory=dict)  # axis -> records producing
     readers: dict[int, list[tuple[Record, int]]] = field(default_factory=dict)  # -> (record, arg)
     inner: set[int] = field(default_factory=set)  # axes with another producer after them
+    unmasked: set[int] = field(default_factory=set)  # axes that are sliced but must not be zeroed
+    heads: list[tuple[IntArray, Kind]] = field(default_factory=list)  # blocks that attention formed
+    normalised: list[IntArray] = field(default_factory=list)  # atoms that a norm or mean counts
+    products: list[Product] = field(default_factory=list)  # multiply-adds between activations
+    options: Options = field(default_factory=lambda: Options())
     n_atoms: int = 1
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _nonzero: list[IntArray] = field(default_factory=list)
     _live: list[IntArray] = field(default_factory=list)
     _obligations: list[IntArray] = field(default_factory=list)
     _root: dict[int, int] = field(default_factory=dict)
+    _unsure: set[int] = field(default_factory=set)
+    _offsets: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _handled: list[IntArray] = field(default_factory=list)
 
     # -- atoms -----------------------------------------------------------------------------
@@ -104,12 +164,40 @@ class Labels:
             self.n_atoms += size
         self.state[value.id] = tuple(factors)
 
+    def fresh(self, out: int, dim: int, z: bool) -> Factor:
+        """Atoms of their own for a dimension that the model makes by size (`expand`, `pad`).
+
+        There is nothing to slice: the size that the operator is given follows the cut.
+        """
+        value = self.tape.values[out]
+        return self.fresh_entries(value, dim, value.shape[dim], z)
+
+    def fresh_entries(self, value: Value, dim: int, size: int, z: bool) -> Factor:
+        """As `fresh`, for `size` entries along a dimension."""
+        axis = Axis(value.id, value.name, dim, self.n_atoms, size, learned=False, stored=False)
+        self.axes.append(axis)
+        self.n_atoms += size
+        labels = np.arange(axis.offset, axis.offset + size, dtype=np.int64)
+        return Factor((dim,), labels, z, frozenset({len(self.axes) - 1}))
+
+    def made_by_size(self, factor: Factor) -> bool:
+        """Whether a factor consists of atoms from `fresh` alone."""
+        return not any(self.axes[i].stored for i in self.axes_of(factor.labels))
+
+    def root(self, ref: Ref) -> Value:
+        """The value that this one is a view of; itself if of none."""
+        return self.tape.values[self._root.get(ref.id, ref.id)]
+
+    def is_weight(self, ref: Ref) -> bool:
+        """Whether a value is a parameter or buffer, or a view of one."""
+        return self.root(ref).source in ("parameter", "buffer")
+
     def axes_of(self, labels: IntArray) -> list[int]:
         """Numbers of the axes that the atoms belong to."""
-        offsets = np.array([a.offset for a in self.axes], dtype=np.int64)
-        atoms = np.unique(labels)
-        found = np.searchsorted(offsets, atoms[atoms > 0], side="right") - 1
-        return [int(i) for i in np.unique(found)]
+        if len(self._offsets) != len(self.axes):
+            self._offsets = np.array([a.offset for a in self.axes], dtype=np.int64)
+        found = np.searchsorted(self._offsets, labels[labels > 0], side="right") - 1
+        return [int(i) for i in np.flatnonzero(np.bincount(found))] if len(found) else []
 
     # -- values ----------------------------------------------------------------------------
 
@@ -133,28 +221,46 @@ class Labels:
 
     def single(self, ref: Ref | int, dim: int) -> Factor | None:
         """The factor on `dim` alone: a joint factor is coarsened by tying along its other dims."""
-        ident = ref.id if isinstance(ref, Ref) else ref
-        dim %= max(1, len(self.value(ident).shape))
-        factor = self.on(ident, dim)
-        if factor is None or factor.dims == (dim,):
+        dim %= max(1, len(self.value(ref).shape))
+        factor = self.on(ref, dim)
+        return None if factor is None else self.narrow(ref, factor, (dim,))
+
+    def drop(self, ref: Ref | int, dims: Iterable[int]) -> None:
+        """Take `dims` out of every joint factor, by tying along them; what is left is kept.
+
+        A factor that lies within `dims` stays as it is.
+        """
+        gone = set(dims)
+        for factor in self.factors(ref):
+            rest = tuple(d for d in factor.dims if d not in gone)
+            if rest and rest != factor.dims:
+                self.narrow(ref, factor, rest)
+
+    def narrow(self, ref: Ref | int, factor: Factor, keep: Sequence[int]) -> Factor:
+        """Coarsen a factor of a value to the dims `keep`, for all later readers of the value."""
+        if factor.dims == tuple(keep):
             return factor
-        coarse = self.coarsen(factor, dim)
+        ident = ref.id if isinstance(ref, Ref) else ref
+        coarse = self.coarsen(factor, keep)
         self.state[ident] = tuple(coarse if f is factor else f for f in self.factors(ident))
         return coarse
 
-    def coarsen(self, factor: Factor, keep: int) -> Factor:
+    def coarsen(self, factor: Factor, keep: Sequence[int]) -> Factor:
         """Tie a joint factor along all its dims but `keep`."""
-        at = factor.dims.index(keep)
-        flat = np.moveaxis(factor.labels, at, 0).reshape(factor.labels.shape[at], -1)
+        stay = [factor.dims.index(d) for d in keep]
+        others = [i for i in range(len(factor.dims)) if i not in stay]
+        moved = factor.labels.transpose(*stay, *others)
+        shape = moved.shape[: len(stay)]
+        flat = moved.reshape(int(np.prod(shape, dtype=np.int64)), -1)
         self._tie_columns(flat)
-        return replace(factor, dims=(keep,), labels=flat[:, 0].copy())
+        return replace(factor, dims=tuple(keep), labels=flat[:, 0].reshape(shape).copy())
 
     # -- knowledge -------------------------------------------------------------------------
 
     def tie(self, a: IntArray, b: IntArray, reason: str, where: str = "") -> None:
         """Atoms `a[i]` and `b[i]` share their fate; a tie with atom 0 is a pin with `reason`."""
-        a, b = a.reshape(-1), b.reshape(-1)
         self._handled += [a, b]
+        a, b = a.reshape(-1), b.reshape(-1)
         differ = a != b
         a, b = a[differ], b[differ]
         pinned = (a == 0) | (b == 0)
@@ -166,34 +272,48 @@ class Labels:
 
     def pin(self, labels: IntArray, reason: str, where: str = "") -> None:
         """These atoms must stay."""
-        self._handled.append(labels.reshape(-1))
-        atoms = np.unique(labels)
-        if (atoms := atoms[atoms > 0]).size:
+        self._handled.append(labels)
+        if (atoms := labels[labels > 0]).size:
             self.pins.append(Pin(atoms, reason, where))
 
     def _tie_columns(self, flat: IntArray) -> None:
         """Tie every column of a block to its first."""
-        for column in range(1, flat.shape[1]):
-            self.tie(flat[:, 0], flat[:, column], "it is one block with entries that are fixed")
+        if flat.shape[1] > 1:
+            first = np.broadcast_to(flat[:, :1], flat[:, 1:].shape)
+            self.tie(first, flat[:, 1:], "it is one block with entries that are fixed")
 
     def forget(self) -> None:
         """Start noting anew which atoms a rule has tied or pinned."""
         self._handled = []
 
     def left_over(self, ref: Ref, outputs: Iterable[int]) -> IntArray:
-        """Atoms of a value that the last rule neither tied, pinned nor passed on to an output."""
-        passed = [f.labels for out in outputs for f in self.factors(out)]
-        mine = [
-            f.labels.reshape(-1)
-            for f in self.factors(ref)
-            if not any(f.labels is other for other in passed)
-        ]
+        """Atoms of a value that the last rule neither tied, pinned nor passed on to `outputs`."""
+        known = [*self._handled, *(f.labels for out in outputs for f in self.factors(out))]
+        dealt_with = {id(k) for k in known}
+        mine = [f.labels for f in self.factors(ref) if id(f.labels) not in dealt_with]
         if not mine:
             return np.zeros(0, dtype=np.int64)
-        known = [*self._handled, *(p.reshape(-1) for p in passed)]
+        left = np.concatenate([m.reshape(-1) for m in mine])
         if not known:
-            return np.concatenate(mine)
-        return np.setdiff1d(np.concatenate(mine), np.concatenate(known))
+            return left
+        passed = np.zeros(self.n_atoms, dtype=bool)
+        for k in known:
+            passed[k] = True
+        rest: IntArray = left[~passed[left]]
+        return rest
+
+    def ignore(self, ref: Ref) -> None:
+        """The values of this operand play no part, only its size or type."""
+        self._handled += [f.labels for f in self.factors(ref)]
+
+    def pass_on(self, labels: IntArray) -> None:
+        """These atoms of a further operand go on to the output."""
+        self._handled.append(labels)
+
+    def consume(self, labels: IntArray) -> None:
+        """A rule has dealt with these atoms although no output carries them (a sum over them)."""
+        self._handled.append(labels)
+        self.live(labels)
 
     def live(self, labels: IntArray) -> None:
         """These atoms take part in a computation (not only in moving data)."""
@@ -207,32 +327,62 @@ class Labels:
         """What is removed of this block of atoms must be a product set over its dims."""
         self._obligations.append(labels)
 
-    def alias(self, out: int, source: int) -> None:
-        """`out` is a view of (or the same tensor as) `source`."""
+    def alias(self, out: int, source: int, *, unsure: bool = False) -> None:
+        """`out` is a view of (or the same tensor as) `source`; `unsure` if it may be a copy."""
         self._root[out] = self._root.get(source, source)
+        if unsure or source in self._unsure:
+            self._unsure.add(out)
 
-    def overwrite(self, target: int, z: bool) -> None:
-        """An in-place operator changed `target`: every alias of it loses z unless `z`."""
+    def overwrite(self, target: int, z: bool, record: Record) -> None:
+        """An in-place operator changed `target`: every alias of it loses z unless `z`.
+
+        Whether a reshape is a view may depend on the sizes: what is written through one stays if it
+        is read under another name later.
+        """
+        root = self._root.get(target, target)
+        if target in self._unsure and self._read_later(root, {target, *record.outputs}, record):
+            for ident, factors in self.state.items():
+                for f in factors if self._root.get(ident, ident) == root else ():
+                    why = "it is overwritten through what may be a view or a copy"
+                    self.pin(f.labels, why, record.where)
         if z:
             return
-        root = self._root.get(target, target)
         for ident, factors in list(self.state.items()):
             if self._root.get(ident, ident) == root:
                 self.state[ident] = tuple(replace(f, z=False) for f in factors)
+
+    def _read_later(self, root: int, known: set[int], record: Record) -> bool:
+        """Whether an alias other than those known is an argument of a later record."""
+        others = {i for i in self.state if self._root.get(i, i) == root} - known
+        return any(
+            not others.isdisjoint(ref.id for ref in refs([later.args, later.kwargs]))
+            for later in self.tape.records
+            if later.index > record.index
+        )
 
     def make(self, labels: IntArray, record: Record, kind: Kind | None = None) -> frozenset[int]:
         """Note that `record` produces units along these atoms' axes; return the axes."""
         axes = [i for i in self.axes_of(labels) if self.axes[i].stored]
         for i in axes:
             self.makers.setdefault(i, []).append(record)
-            if kind is not None:
-                self.kinds.setdefault(i, kind)
+            if kind is not None and self.kinds.get(i, "neuron") == "neuron":
+                self.kinds[i] = kind
         return frozenset(axes)
 
     def read(self, labels: IntArray, record: Record, argument: int) -> None:
         """Note that `record` consumes units along these atoms' axes, from positional `argument`."""
         for i in self.axes_of(labels):
             self.readers.setdefault(i, []).append((record, argument))
+
+    def normalise(self, labels: IntArray, record: Record) -> bool:
+        """These atoms are counted by a norm or mean; False (and pinned) if the user says so."""
+        if self.options.norm == "pin":
+            self.pin(labels, 'a norm or mean counts it, and norm="pin" was asked', record.where)
+            return False
+        if not self.is_weight(next(refs(record.args))):  # weights are standardised, too
+            self.normalised.append(labels)
+        self.consume(labels)
+        return True
 
     def used(self, ref: Ref, macs_per_element: float) -> None:
         """A weight takes part in that many multiply-adds per element, for one sample."""
@@ -241,35 +391,34 @@ class Labels:
 
     # -- solution --------------------------------------------------------------------------
 
-    def solve(self) -> tuple[IntArray, IntArray, dict[int, Pin]]:
+    def solve(self) -> tuple[IntArray, Pins]:
         """Connected components of the atoms.
 
         Returns:
-            component of every atom (the smallest atom in it), the pinned components ascending,
-            and for each pinned component the first pin that reached it.
+            component of every atom (the smallest atom in it), and which components are pinned, by
+            the first pin that reached them.
         """
         while True:
             component = connected(self.n_atoms, self._edges)
             if not self._close_obligations(component):
                 break
-        pinned: dict[int, Pin] = {}
+        pins = Pins(np.full(self.n_atoms, -1, dtype=np.int64))
         for pin in self.pins:
-            for c in np.unique(component[pin.atoms]):
-                pinned.setdefault(int(c), pin)
+            pins.add(component[pin.atoms], pin)
         alive = np.zeros(self.n_atoms, dtype=bool)
         for labels in self._live:
             alive[component[labels]] = True
-        idle = np.unique(component[1:])
-        idle = idle[~alive[idle]]
-        nothing = Pin(idle, "takes no part in the computation for these inputs and mode", "")
-        for c in idle:
-            pinned.setdefault(int(c), nothing)
-        pinned.setdefault(0, Pin(np.zeros(1, dtype=np.int64), "", ""))
-        return component, np.array(sorted(pinned), dtype=np.int64), pinned
+        idle = component[~alive[component]]
+        pins.add(idle, Pin(idle, "takes no part in the computation for these inputs and mode", ""))
+        pins.add(np.zeros(1, dtype=np.int64), Pin(np.zeros(1, dtype=np.int64), "", ""))
+        return component, pins
 
-    def reached_nonzero(self, component: IntArray) -> set[int]:
-        """Components whose removed entries reach a consumer as something other than zero."""
-        return {int(c) for labels in self._nonzero for c in np.unique(component[labels])}
+    def reached_nonzero(self, component: IntArray) -> BoolArray:
+        """(n_atoms,) components whose removed entries reach a consumer as other than zero."""
+        reached = np.zeros(self.n_atoms, dtype=bool)
+        for labels in self._nonzero:
+            reached[component[labels]] = True
+        return reached
 
     def _close_obligations(self, component: IntArray) -> bool:
         """Tie blocks that could lose a set which is not a product; True if something was tied."""
@@ -278,12 +427,16 @@ class Labels:
             held[component[pin.atoms]] = True
         fate = np.where(held[component], 0, component)  # all that is pinned shares its fate
         changed = False
+        tied = np.zeros(self.n_atoms, dtype=bool)
         for labels in self._obligations:
             block = fate[labels]
+            if tied[block].any():
+                continue  # decided anew when these ties are known
             along = [d for d in range(block.ndim) if (block == np.take(block, [0], axis=d)).all()]
             if len(along) < block.ndim - 1:
                 keep = int(np.argmax(block.shape))
                 self._tie_columns(np.moveaxis(labels, keep, 0).reshape(labels.shape[keep], -1))
+                tied[block] = True
                 changed = True
         return changed
 

@@ -31,7 +31,8 @@ class Value:
         id: position in `Tape.values`.
         shape: sizes for the example inputs.
         dtype: element type.
-        source: "input", "parameter", "buffer", "constant" or "op".
+        source: "input", "parameter", "buffer", "op", "attribute" (a tensor that a module holds as
+            neither) or "constant" (one that no operator made).
         name: fully qualified name of a parameter or buffer, else a readable label.
         dynamic: dimensions whose size is symbolic (batch, sequence): they carry no units.
     """
@@ -39,7 +40,7 @@ class Value:
     id: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: Literal["input", "parameter", "buffer", "constant", "op"]
+    source: Literal["input", "parameter", "buffer", "attribute", "constant", "op"]
     name: str
     dynamic: frozenset[int] = frozenset()
 

@@ -8,16 +8,17 @@ are different families, and keeping at least one unit of each never empties a te
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from torch import nn
 
-from secateurs.graph.contractions import GATES
 from secateurs.graph.elementwise import CREATE
-from secateurs.graph.labels import Axis, Labels, Pin
+from secateurs.graph.labels import Axis, BoolArray, Labels, Pin, Pins
+from secateurs.graph.layers import with_layers
 from secateurs.graph.records import Record, Ref
+from secateurs.graph.recurrent import CELLS, GATES
 from secateurs.types import (
     CostDim,
     CostTerm,
@@ -43,11 +44,13 @@ class Detail:
         shapes: dense shape of every parameter and buffer.
         labels: the state of the interpreter.
         component: (n_atoms,) unit component of every atom.
+        families: components of each structural target, in the order of its units.
     """
 
     shapes: dict[str, tuple[int, ...]]
     labels: Labels
     component: IntArray
+    families: list[IntArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,46 +65,37 @@ class Found:
 
 def find_targets(labels: Labels, model: nn.Module) -> Found:
     """Solve the labels and describe the units they imply."""
-    component, pinned_components, pins = labels.solve()
-    pinned = np.zeros(labels.n_atoms, dtype=bool)
-    pinned[pinned_components] = True
-    free = ~pinned[component]
+    component, pins = labels.solve()
+    free = pins.of[component] < 0
     made = _made(labels, component)
     families = []
     for family in _families(labels, component, free):
         why = ""
         if len(family) == 1:
             why = "it is the only unit of its kind: without it a tensor would be empty"
-        elif int(family[0]) not in made:
+        elif not made[family[0]]:
             why = "no layer produces it: it belongs to a constant or to a parameter used as data"
         if why:
-            free &= ~np.isin(component, family)
-            pins.update(dict.fromkeys(family.tolist(), Pin(family, why, "")))
+            pins.add(family, Pin(family, why, ""))
         else:
             families.append(family)
+    free = pins.of[component] < 0
     hookable = _hookable(labels, model)
-    nonzero = labels.reached_nonzero(component)
-    groups: dict[str, GroupTarget] = {}
-    for components in families:
-        target = _group(labels, hookable, component, components, groups, nonzero)
-        groups[target.name] = target
+    groups = _groups(labels, hookable, component, families)
     targets: dict[str, Target] = dict(groups)
+    embeddings = {labels.axes[i].value for i, k in labels.kinds.items() if k == "embedding"}
     for value in labels.tape.named().values():
         prunable = value.source == "parameter" and len(value.shape) >= 2
-        if prunable and value.dtype.is_floating_point and not _is_embedding(labels, value.id):
+        if prunable and value.dtype.is_floating_point and value.id not in embeddings:
             targets[value.name] = WeightTarget(value.name, value.shape)
     shapes = {name: value.shape for name, value in labels.tape.named().items()}
-    return Found(
+    found = Found(
         targets,
         _exclusions(labels, component, free, pins),
-        _costs(labels, list(groups.values())),
-        Detail(shapes, labels, component),
+        _costs(labels, list(groups.values()), component),
+        Detail(shapes, labels, component, families),
     )
-
-
-def _is_embedding(labels: Labels, value: int) -> bool:
-    kinds = {labels.kinds.get(i) for i, a in enumerate(labels.axes) if a.value == value}
-    return "embedding" in kinds
+    return with_layers(found, labels, model, hookable)
 
 
 # -- families ------------------------------------------------------------------------------
@@ -115,79 +109,139 @@ def _families(labels: Labels, component: IntArray, free: np.ndarray) -> list[Int
     """
     rng = np.random.default_rng(0)
     signature = np.zeros(labels.n_atoms, dtype=np.uint64)
+    stored = np.zeros(labels.n_atoms, dtype=bool)
+    places: dict[int, IntArray] = {}  # one array in several places says the same in each
     for axis in labels.axes:
         if axis.stored:
-            atoms = np.arange(axis.offset, axis.offset + axis.size)
-            np.add.at(signature, component[atoms], rng.integers(1, 2**63, dtype=np.uint64))
-    for factors in labels.state.values():
-        for factor in factors:
+            stored[axis.offset : axis.offset + axis.size] = True
             number = rng.integers(1, 2**63, dtype=np.uint64)
-            np.add.at(signature, component[factor.labels.reshape(-1)], number)
-    stored = np.zeros(labels.n_atoms, dtype=bool)
-    for axis in labels.axes:
-        stored[axis.offset : axis.offset + axis.size] = axis.stored
+            np.add.at(signature, component[axis.offset : axis.offset + axis.size], number)
+    for factors in labels.state.values():
+        places.update({id(f.labels): f.labels for f in factors})
+    for block in places.values():
+        number = rng.integers(1, 2**63, dtype=np.uint64)
+        np.add.at(signature, component[block.reshape(-1)], number)
     components = np.unique(component[free & stored])
     by_signature: dict[int, list[int]] = defaultdict(list)
-    for c in components:
-        by_signature[int(signature[c])].append(int(c))
+    for c, mark in zip(components.tolist(), signature[components].tolist(), strict=True):
+        by_signature[mark].append(c)
     first = _order(labels, component)
-    families = [np.array(sorted(f), dtype=np.int64) for f in by_signature.values()]
-    return sorted(families, key=lambda f: (first.get(int(f[0]), len(first)), int(f[0])))
+    families = [np.array(f, dtype=np.int64) for f in by_signature.values()]
+    return sorted(families, key=lambda f: (int(first[f[0]]), int(f[0])))
 
 
-def _made(labels: Labels, component: IntArray) -> set[int]:
-    """Components that some operator with weights produces."""
-    axes = [labels.axes[i] for i in labels.makers]
-    return {int(c) for a in axes for c in component[a.offset : a.offset + a.size]}
+def _made(labels: Labels, component: IntArray) -> BoolArray:
+    """(n_atoms,) components that some operator with weights produces."""
+    made = np.zeros(labels.n_atoms, dtype=bool)
+    for i in labels.kinds:
+        axis = labels.axes[i]
+        made[component[axis.offset : axis.offset + axis.size]] = True
+    return made
 
 
-def _order(labels: Labels, component: IntArray) -> dict[int, int]:
-    """For each component, when its first producer runs."""
-    order: dict[int, int] = {}
+def _order(labels: Labels, component: IntArray) -> IntArray:
+    """(n_atoms,) for each component, when its first producer runs."""
+    order = np.full(labels.n_atoms, len(labels.tape.values), dtype=np.int64)
     for number, makers in labels.makers.items():
         axis = labels.axes[number]
         at = min(r.index for r in makers)
-        for c in np.unique(component[axis.offset : axis.offset + axis.size]):
-            order[int(c)] = min(at, order.get(int(c), at))
+        np.minimum.at(order, component[axis.offset : axis.offset + axis.size], at)
     return order
 
 
-def _group(
-    labels: Labels,
-    hookable: set[int],
-    component: IntArray,
-    components: IntArray,
-    taken: dict[str, GroupTarget],
-    nonzero: set[int],
-) -> GroupTarget:
-    unit_of = np.full(labels.n_atoms, -1, dtype=np.int64)
-    unit_of[components] = np.arange(len(components))
-    members: list[Member] = []
-    axes: list[int] = []
-    for number, axis in enumerate(labels.axes):
-        unit = unit_of[component[axis.offset : axis.offset + axis.size]]
-        index = np.flatnonzero(unit >= 0)
-        if len(index) and axis.stored:
-            outermost = number not in labels.inner
-            role: Role = "producer" if number in labels.makers else "consumer"
-            members.append(
-                Member(axis.name, axis.dim, index, unit[index], role, outermost, axis.learned)
-            )
-            axes.append(number)
-    made = [i for i in axes if i in labels.makers]
-    leader = min(made or axes, key=lambda i: _first_record(labels, i))
-    kind: Kind = labels.kinds.get(leader, "neuron")
-    base = f"{stem(labels.axes[leader])}:{kind}"
-    name = base
-    number = 2
-    while name in taken:
-        name = f"{base}#{number}"
-        number += 1
-    removal: Literal["producers", "consumers"] = (
-        "consumers" if nonzero.intersection(components.tolist()) else "producers"
+@dataclass(frozen=True, eq=False)
+class Owners:
+    """For every component: the family that it belongs to (-1 for none), and its unit there."""
+
+    family: IntArray
+    unit: IntArray
+
+
+def _groups(
+    labels: Labels, hookable: set[int], component: IntArray, families: list[IntArray]
+) -> dict[str, GroupTarget]:
+    """The targets of all families, in their order."""
+    owners = Owners(
+        np.full(labels.n_atoms, -1, dtype=np.int64), np.zeros(labels.n_atoms, dtype=np.int64)
     )
-    sites = _sites(labels, hookable, axes, unit_of[component])
-    return GroupTarget(name, kind, len(components), tuple(members), sites, removal)
+    for number, family in enumerate(families):
+        owners.family[family], owners.unit[family] = number, np.arange(len(family))
+    axes: list[list[int]] = [[] for _ in families]
+    members: list[list[Member]] = [[] for _ in families]
+    for number, axis in enumerate(labels.axes):
+        if not axis.stored:
+            continue
+        own = component[axis.offset : axis.offset + axis.size]
+        family = owners.family[own]
+        for owner in np.unique(family[family >= 0]).tolist():
+            index = np.flatnonzero(family == owner)
+            axes[owner].append(number)
+            members[owner].append(_member(labels, number, index, owners.unit[own[index]]))
+    nonzero = labels.reached_nonzero(component)
+    kinds = _kinds(labels, component)
+    groups: dict[str, GroupTarget] = {}
+    for number, family in enumerate(families):
+        made = [i for i in axes[number] if i in labels.makers]
+        leader = min(made or axes[number], key=lambda i: _first_record(labels, i))
+        kind = _kind(labels, kinds, family, made, labels.kinds.get(leader, "neuron"))
+        name = base = f"{stem(labels.axes[leader])}:{kind}"
+        same = 2
+        while name in groups:
+            name = f"{base}#{same}"
+            same += 1
+        groups[name] = GroupTarget(
+            name,
+            kind,
+            len(family),
+            tuple(members[number]),
+            _sites(labels, hookable, axes[number], component, owners, number),
+            "consumers" if nonzero[family].any() else "producers",
+        )
+    return groups
+
+
+def _member(labels: Labels, number: int, index: IntArray, unit: IntArray) -> Member:
+    axis = labels.axes[number]
+    return Member(
+        axis.name,
+        axis.dim,
+        index,
+        unit,
+        role="producer" if number in labels.makers else "consumer",
+        outermost=number not in labels.inner,
+        learned=axis.learned,
+        masked=number not in labels.unmasked,
+    )
+
+
+def _kinds(labels: Labels, component: IntArray) -> dict[str, BoolArray]:
+    """(n_atoms,) for each kind that attention forms, and "normalised": which components are."""
+    found: dict[str, BoolArray] = defaultdict(lambda: np.zeros(labels.n_atoms, dtype=bool))
+    for block, kind in labels.heads:
+        found[kind][component[block]] = True
+    for block in labels.normalised:
+        found["normalised"][component[block]] = True
+    return found
+
+
+def _kind(
+    labels: Labels,
+    kinds: dict[str, BoolArray],
+    family: IntArray,
+    made: list[int],
+    produced: Kind,
+) -> Kind:
+    """The kind of a family: of its first producer, unless attention or a norm says more."""
+    for formed in ("kv_group", "head", "head_dim"):
+        if kinds[formed][family].any():
+            return formed
+    own = {labels.kinds[i] for i in made if i in labels.kinds}
+    for kind in ("expert", "embedding", "hidden"):
+        if kind in own:
+            return kind
+    writers = {r.index for i in made if i in labels.kinds for r in labels.makers[i]}
+    normed = bool(kinds["normalised"][family].any())
+    return "embedding" if normed and len(writers) > 1 else produced
 
 
 def _first_record(labels: Labels, number: int) -> tuple[int, int]:
@@ -212,7 +266,12 @@ def _hookable(labels: Labels, model: nn.Module) -> set[int]:
 
 
 def _sites(
-    labels: Labels, hookable: set[int], axes: list[int], unit_of_atom: IntArray
+    labels: Labels,
+    hookable: set[int],
+    axes: list[int],
+    component: IntArray,
+    owners: Owners,
+    family: int,
 ) -> tuple[Site, ...]:
     """Module inputs and outputs where the units can be hooked.
 
@@ -229,7 +288,12 @@ def _sites(
     }
     sites: list[Site] = []
     for role, pairs in calls.items():
-        found, whole = _role_sites(labels, hookable, role, pairs, unit_of_atom)
+
+        def units_of(block: IntArray) -> IntArray:
+            own = component[block]
+            return np.where(owners.family[own] == family, owners.unit[own], -1)
+
+        found, whole = _role_sites(labels, hookable, role, pairs, units_of)
         sites += found if whole else [replace(s, gate_exact=False) for s in found]
     return tuple(sites)
 
@@ -239,7 +303,7 @@ def _role_sites(
     hookable: set[int],
     role: Role,
     pairs: list[tuple[Record, int]],
-    unit_of_atom: IntArray,
+    units_of: Callable[[IntArray], IntArray],
 ) -> tuple[list[Site], bool]:
     """Sites of one role, and whether they cover all its members exactly."""
     found: dict[tuple[str, int], Site] = {}
@@ -251,9 +315,9 @@ def _role_sites(
         if value is None or record.index not in hookable:
             whole = False
             continue
-        whole = whole and not (role == "producer" and record.op in GATES)
+        whole = whole and not (role == "producer" and record.op in (*GATES, *CELLS))
         for factor in labels.factors(value):
-            unit = unit_of_atom[factor.labels]
+            unit = units_of(factor.labels)
             if len(factor.dims) != 1 or not (unit >= 0).any():
                 continue
             index = np.flatnonzero(unit >= 0)
@@ -274,17 +338,16 @@ def _role_sites(
 
 
 def _exclusions(
-    labels: Labels, component: IntArray, free: np.ndarray, pins: dict[int, Pin]
+    labels: Labels, component: IntArray, free: BoolArray, pins: Pins
 ) -> tuple[Exclusion, ...]:
     """One line per producing weight (or part of it) whose units must stay."""
     found: dict[tuple[str, str], Exclusion] = {}
     for number, axis in enumerate(labels.axes):
         if not axis.stored or number not in labels.kinds or not _is_main(labels, axis):
             continue
-        atoms = np.arange(axis.offset, axis.offset + axis.size)
-        held = atoms[~free[atoms]]
-        for c in np.unique(component[held]):
-            pin = pins[int(c)]
+        own = component[axis.offset : axis.offset + axis.size]
+        for number_of_pin in np.unique(pins.of[own][~free[own]]).tolist():
+            pin = pins.pins[number_of_pin]
             key = (f"{stem(axis)}:{labels.kinds[number]}", pin.reason)
             found.setdefault(key, Exclusion(key[0], pin.reason, pin.where))
     mentioned = {name.rpartition(":")[0] for name, _ in found}
@@ -303,7 +366,8 @@ def _exclusions(
 
 def stem(axis: Axis) -> str:
     """The module that holds a parameter; the parameter itself at the root."""
-    return axis.name.rpartition(".")[0] or axis.name
+    owner = axis.name.rpartition(".")[0] or axis.name
+    return owner.partition(".parametrizations.")[0]
 
 
 def _is_main(labels: Labels, axis: Axis) -> bool:
@@ -311,7 +375,7 @@ def _is_main(labels: Labels, axis: Axis) -> bool:
     return len(labels.value(axis.value).shape) > 1
 
 
-def _costs(labels: Labels, groups: list[GroupTarget]) -> tuple[CostTerm, ...]:
+def _costs(labels: Labels, groups: list[GroupTarget], component: IntArray) -> tuple[CostTerm, ...]:
     owned: dict[tuple[str, int], dict[str, IntArray]] = defaultdict(dict)
     for group in groups:
         for member in group.members:
@@ -323,4 +387,32 @@ def _costs(labels: Labels, groups: list[GroupTarget]) -> tuple[CostTerm, ...]:
             continue
         dims = tuple(CostDim(n, owned.get((name, d), {})) for d, n in enumerate(value.shape))
         terms.append(CostTerm(name, dims, True, labels.uses.get(value.id, 0.0)))
+    terms += _product_costs(labels, groups, component)
     return tuple(terms)
+
+
+def _product_costs(
+    labels: Labels, groups: list[GroupTarget], component: IntArray
+) -> list[CostTerm]:
+    """Multiply-adds between activations: the sizes of their dims follow the units."""
+    owner = np.full(labels.n_atoms, -1, dtype=np.int64)
+    unit = np.zeros(labels.n_atoms, dtype=np.int64)
+    offsets = {(a.name, a.dim): a.offset for a in labels.axes if a.stored}
+    for number, group in enumerate(groups):
+        for member in group.members:
+            atoms = component[offsets[(member.tensor, member.dim)] + member.index]
+            owner[atoms], unit[atoms] = number, member.unit
+    terms = []
+    for product in labels.products:
+        dims = []
+        for size, block in product.dims:
+            owned = {}
+            if block is not None:
+                atoms = component[block.reshape(-1)]
+                for number in np.unique(owner[atoms][owner[atoms] >= 0]):
+                    mine = unit[atoms[owner[atoms] == number]]
+                    count = np.bincount(mine, minlength=groups[number].n_units)
+                    owned[groups[number].name] = count.astype(np.int64)
+            dims.append(CostDim(size, owned))
+        terms.append(CostTerm(product.name, tuple(dims), False, product.times))
+    return terms

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
 
-from secateurs.allocation import allocate
 from secateurs.batches import call_model, check_batches, in_mode, preserve
 from secateurs.controls import resets
 from secateurs.criteria import get_criterion
 from secateurs.errors import BudgetError, CaptureError, ConfigError, choose
+from secateurs.filters import Patterns
 from secateurs.graph import trace
 from secateurs.latency import resize_batch
 from secateurs.pipeline.stage import Stage
@@ -20,7 +21,9 @@ from secateurs.schedules import Schedule
 from secateurs.statistics import check_fits, make_job
 from secateurs.types import Batches, Budget, Evaluate, Graph, Inputs, LossFn, Scores, Threshold
 
-__all__ = ["check_request", "given", "random_state"]
+__all__ = ["NORMS", "check_request", "given", "random_state"]
+
+NORMS = ("exact", "plain", "pin")
 
 
 def check_request(
@@ -33,16 +36,21 @@ def check_request(
     evaluate: Evaluate | None = None,
     test: Evaluate | None = None,
     calibration: Batches | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    outputs: Sequence[str] = (),
+    norm: str = "exact",
     form: str = "auto",
     latency: Sequence[int] | None = None,
 ) -> Graph:
-    """Find what is wrong with a request before anything expensive; returns the graph.
+    """Find what is wrong with a request before anything expensive; returns the filtered graph.
 
     Arguments and errors as `prune_stages`.
     """
     if not stages:
         raise ConfigError("no stage is given")
     choose(form, ["auto", "module", "graph"], "form")
+    choose(norm, NORMS, "norm")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, function in (("loss_fn", loss_fn), ("evaluate", evaluate), ("test", test)):
@@ -53,7 +61,10 @@ def check_request(
     check_batches(model, batches, loss_fn)
     if calibration is not None:
         check_batches(model, calibration, loss_fn)
-    graph = trace(model, example_inputs)
+    graph = trace(
+        model, example_inputs, outputs=outputs, heads=_heads(stages),
+        norm="pin" if norm == "pin" else "exact",
+    ).only(include, exclude, model)  # fmt: skip
     for stage in stages:
         _check_reachable(stage, model, graph)
     if latency is not None and isinstance(latency, (int, str)):
@@ -69,6 +80,19 @@ def check_request(
                     f"latency: the model refuses example_inputs at batch size {size}: {error}"
                 ) from error
     return graph
+
+
+def _heads(stages: Sequence[Stage]) -> Literal["head", "head_dim"]:
+    """Whether attention is cut by heads or by positions that all heads share: not by both."""
+    kinds: set[str] = set()
+    for stage in stages:
+        asked = stage.granularity
+        kinds |= {asked} if isinstance(asked, str) else set(asked)
+    if {"head", "head_dim"} <= kinds:
+        raise ConfigError(
+            'granularity "head" and "head_dim" are two views of the same weights; choose one'
+        )
+    return "head_dim" if "head_dim" in kinds else "head"
 
 
 def _check_training(
@@ -110,10 +134,7 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
     if stage.budget is None:
         return
     blank = {t.name: torch.zeros(t.n_units) for t in job.targets}
-    counts = allocate(
-        Scores(graph, blank, criterion.label), stage.budget, method=stage.allocation,
-        min_keep=stage.min_keep, round_to=stage.round_to,
-    )  # fmt: skip
+    counts = stage.allocated(Scores(graph, blank, criterion.label), stage.budget)
     if all(counts.kept[t.name] == t.n_units for t in job.targets):
         raise BudgetError(
             f"{given(stage.budget)} removes nothing: the dense model is within it already"

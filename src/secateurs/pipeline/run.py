@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateurs.allocation import allocate
 from secateurs.bars import Progress, bar, epoch_text
 from secateurs.controls import controlled_scores, reinitialise_, shuffled_targets
 from secateurs.errors import BudgetError, ConfigError, choose
+from secateurs.filters import Patterns
 from secateurs.finetuning import Finetune, FinetuneResult, finetune
 from secateurs.masks import apply_masks_
 from secateurs.pipeline.request import check_request, given, random_state
@@ -111,8 +111,8 @@ def prune(
         example_inputs: a tensor, a tuple or a dict: what the model is called with.
         budget, threshold, criterion, granularity, schedule, finetune: see `Stage`.
         evaluate: `evaluate(model)` on validation data; a float or a dict.
-        **options: `allocation`, `min_keep`, `round_to`, `control` as in `Stage`, and the options
-            of `prune_stages`.
+        **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control` as in `Stage`,
+            and the options of `prune_stages` (`include` and `exclude` among them).
 
     Raises:
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
@@ -128,7 +128,7 @@ def prune(
         Linear(in_features=4, out_features=4, bias=True)
     """
     known = {n for f in (prune, prune_stages) for n in inspect.signature(f).parameters}
-    of_stage = ("allocation", "min_keep", "round_to", "control")
+    of_stage = ("allocation", "min_keep", "round_to", "homogeneous", "control")
     for name in options:
         choose(name, {*of_stage, *known} - {"options", "stages"}, "option of prune")
     stage_options = {k: options.pop(k) for k in of_stage if k in options}
@@ -155,6 +155,10 @@ def prune_stages(
     evaluate: Evaluate | None = None,
     test: Evaluate | None = None,
     calibration: Batches | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    outputs: Sequence[str] = (),
+    norm: str = "exact",
     maximize: bool = True,
     form: str = "auto",
     seed: int = 0,
@@ -169,6 +173,11 @@ def prune_stages(
             before anything expensive.
         test: on test data, called twice at the end: for the dense and for the smaller model.
         calibration: batches for scoring; by default the training batches.
+        include, exclude: what may be pruned in all stages, by name, glob, kind, regular expression,
+            module class or module: see `Graph.only`.
+        outputs: names of the model's outputs that matter, see `trace`; empty for all.
+        norm: what norms and means over removed units count: "exact", all that the dense model had;
+            "plain", what is left (see `shrink`); "pin": such units stay (see `trace`).
         maximize: whether a larger metric is better.
         form: of the result, see `shrink`.
         seed: of noise, dropout and loaders without a generator, from 0 to 2**32 - 1.
@@ -181,7 +190,8 @@ def prune_stages(
     with random_state(seed), shown as tell:
         graph = check_request(
             model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,
-            test=test, calibration=calibration, form=form, latency=latency,
+            test=test, calibration=calibration, include=include, exclude=exclude,
+            outputs=outputs, norm=norm, form=form, latency=latency,
         )  # fmt: skip
         samples = batches if calibration is None else calibration
         run = _Run(model, batches, samples, loss_fn, graph, evaluate, maximize, seed, tell)
@@ -189,7 +199,8 @@ def prune_stages(
         for number, stage in enumerate(stages, start=1):
             run.stage(number, stage)
         assert run.plan is not None
-        small = shrink(run.work, run.plan, example_inputs, form=form)
+        kept = "plain" if norm == "plain" else "exact"
+        small = shrink(run.work, run.plan, example_inputs, form=form, norm=kept)
         if info_of(small).form == "graph":  # the module form has the mode of each module already
             small.train(model.training)
         run.tell("measure", run.total)
@@ -280,7 +291,11 @@ class _Run:
             self.notes.append(
                 f"stage {number} removed nothing: {given(counts.asked)} was met before it"
             )
-        found = [*scores.notes, *(f"{n}: not scored: {w}" for n, w in scores.not_scored.items())]
+        found = [
+            *scores.notes,
+            *_rounded(stage, counts, self.graph),
+            *(f"{n}: not scored: {w}" for n, w in scores.not_scored.items()),
+        ]
         self.notes += [note for note in found if note not in self.notes]
 
     def cut(self, stage: Stage, step: int, samples: Batches) -> tuple[Scores, Counts]:
@@ -292,10 +307,7 @@ class _Run:
         )  # fmt: skip
         scores = controlled_scores(scores, stage.control, self.seed + len(self.steps))
         asked = stage.asked_at(step, self.graph)
-        counts = allocate(
-            scores, asked, method=stage.allocation, min_keep=stage.min_keep,
-            round_to=stage.round_to,
-        )  # fmt: skip
+        counts = stage.allocated(scores, asked)
         self.plan = select(scores, counts, previous=self.plan)
         final = step == stage.steps.steps
         if not self.plan.n_removed and (final or isinstance(asked, Threshold)):
@@ -322,6 +334,20 @@ class _Run:
         else:
             healed = done.final_metric
         return healed, done.history[-1].train_loss if done.history else None
+
+
+def _rounded(stage: Stage, counts: Counts, graph: Graph) -> list[str]:
+    """A note about the targets whose counts were rounded."""
+    multiples: dict[int, int] = {}
+    for name, multiple in counts.round_to.items():
+        if counts.kept[name] < graph.targets[name].n_units:
+            multiples[multiple] = multiples.get(multiple, 0) + 1
+    return [
+        f"counts rounded: {n} of {len(counts.kept)} targets keep multiples of {multiple} units "
+        f"(round_to={stage.round_to!r}"
+        + ("; round_to=1 turns it off)" if stage.round_to == "auto" else ")")
+        for multiple, n in multiples.items()
+    ]
 
 
 def _main(metrics: Mapping[str, float]) -> float | None:

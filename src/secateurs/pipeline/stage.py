@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateurs.allocation import ALLOCATORS
+from secateurs.allocation import ALLOCATORS, RoundTo, allocate, check_round_to
 from secateurs.controls import CONTROLS
 from secateurs.cost import dense_cost
 from secateurs.criteria import get_criterion
 from secateurs.errors import ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.schedules import Schedule
-from secateurs.types import Budget, Graph, Threshold, expand_granularity
+from secateurs.types import Budget, Counts, Graph, Scores, Threshold, expand_granularity
 
 __all__ = ["Stage"]
 
@@ -31,7 +31,9 @@ class Stage:
         schedule: steps and curve. A threshold is applied once per step, to what is left.
         finetune: after each step; None = no training.
         min_keep: fewest units that stay in each target.
-        round_to: units kept are multiples of this where possible.
+        round_to: units kept are multiples of this where possible; "auto", a number, or a mapping
+            of kinds to numbers, see `allocate`.
+        homogeneous: targets in the same place of repeated blocks keep equal counts.
         control: one of `CONTROLS`; None = the real thing.
 
     Raises:
@@ -46,7 +48,8 @@ class Stage:
     schedule: Schedule | None = None
     finetune: Finetune | None = None
     min_keep: int = 1
-    round_to: int = 1
+    round_to: RoundTo = "auto"
+    homogeneous: bool = False
     control: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,10 +69,12 @@ class Stage:
         get_criterion(self.criterion)
         expand_granularity(self.granularity)
         choose(self.allocation, ALLOCATORS, "allocation")
-        for name in ("min_keep", "round_to"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number, at least 1, got {value!r}")
+        least = self.min_keep
+        if isinstance(least, bool) or not isinstance(least, int) or least < 1:
+            raise ConfigError(f"min_keep must be a whole number, at least 1, got {least!r}")
+        check_round_to(self.round_to)
+        if not isinstance(self.homogeneous, bool):
+            raise ConfigError(f"homogeneous must be True or False, got {self.homogeneous!r}")
         if self.threshold is not None and self.allocation != "uniform":
             raise ConfigError(
                 f"allocation={self.allocation!r} distributes a budget; with a threshold leave it "
@@ -93,6 +98,13 @@ class Stage:
                 f'control="random-labels" changes nothing: criterion {criterion.label!r} does not '
                 "see the targets"
             )
+
+    def allocated(self, scores: Scores, asked: Budget | Threshold) -> Counts:
+        """Counts of a step, by the options of the stage."""
+        return allocate(
+            scores, asked, method=self.allocation, min_keep=self.min_keep,
+            round_to=self.round_to, homogeneous=self.homogeneous,
+        )  # fmt: skip
 
     @property
     def steps(self) -> Schedule:

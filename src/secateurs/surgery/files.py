@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,10 @@ from secateurs.errors import ConfigError, FileFormatError, SoundnessError
 from secateurs.masks import named_tensors
 from secateurs.surgery.graph_file import graph_from_dict, graph_to_dict
 from secateurs.surgery.graph_form import PrunedGraph
+from secateurs.surgery.layers import REMOVED, replace_module_
+from secateurs.surgery.patching import PATCHED
 from secateurs.surgery.shrinking import INFO, ShrinkInfo, info_of, slice_masks
-from secateurs.surgery.slicing import SIZES, slice_module_
+from secateurs.surgery.slicing import set_size_, slice_module_, takes_size
 from secateurs.surgery.storage import (
     BUFFER,
     MASK,
@@ -69,6 +72,7 @@ def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = F
         "attributes": {k: dict(v) for k, v in info.attributes.items()},
         "verification": info.verification.to_dict(),
         "notes": list(info.notes),
+        "settled": info.settled,
         "training": small.training,
         "other_mode": [p for p, m in small.named_modules() if m.training != small.training],
         "frozen": [n for n, p in small.named_parameters() if not p.requires_grad],
@@ -167,7 +171,8 @@ def load_plan(directory: str | Path) -> Plan:
     for name in plan.reasons:  # weights: what their mask removes, removed rows included
         if name in masks and name not in removed:
             removed[name] = (~masks[name]).reshape(-1).nonzero().reshape(-1)
-    return Plan(plan.kept, masks, removed, plan.shapes, plan.granularity, plan.reasons)
+    masks |= {name: mask.clone() for name, mask in plan.masks.items()}  # of layers
+    return replace(plan, masks=masks, removed=removed)
 
 
 def _embed(part: Tensor, shape: tuple[int, ...], kept: Any) -> Tensor:
@@ -197,6 +202,13 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         },
         "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
         "reasons": dict(plan.reasons),
+        "layers": {
+            name: {
+                "tensors": list(names),
+                "zero": [n for n in names if n in plan.masks and not bool(plan.masks[n].any())],
+            }
+            for name, names in plan.layers.items()
+        },
     }
 
 
@@ -219,6 +231,12 @@ def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
         removed = {str(name): _positions(units) for name, units in data["removed"].items()}
         granularity = tuple(str(g) for g in data["granularity"])
         reasons = {str(k): str(v) for k, v in data["reasons"].items()}
+        layers = {
+            str(name): tuple(str(n) for n in unit["tensors"])
+            for name, unit in data.get("layers", {}).items()
+        }
+        zero = {str(n) for unit in data.get("layers", {}).values() for n in unit["zero"]}
+        masks = {name: torch.zeros((), dtype=torch.bool).expand(shapes[name]) for name in zero}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileFormatError(f"{path}: not a plan: {error!r}") from error
     for name, dims in kept.items():
@@ -229,7 +247,7 @@ def plan_from_dict(data: dict[str, Any], path: Path) -> Plan:
                 raise FileFormatError(f"{path}: positions of {name}, dim {dim}, outside {shape}")
             if len(index) > 1 and not bool((index[1:] > index[:-1]).all()):
                 raise FileFormatError(f"{path}: positions of {name}, dim {dim}, not ascending")
-    return Plan(kept, {}, removed, shapes, granularity, reasons)
+    return Plan(kept, masks, removed, shapes, granularity, reasons, layers=layers)
 
 
 def _positions(values: Any) -> Tensor:
@@ -251,9 +269,11 @@ def _info(description: dict[str, Any], path: Path) -> ShrinkInfo:
         )
         form: Literal["module", "graph"] = "graph" if description["form"] == "graph" else "module"
         notes = tuple(str(n) for n in description["notes"])
+        settled = description.get("settled")
+        settled = None if settled is None else float(settled)
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: not the description of a model: {error!r}") from error
-    return ShrinkInfo(form, verification, description["attributes"], notes)
+    return ShrinkInfo(form, verification, description["attributes"], notes, settled)
 
 
 # -- the model ---------------------------------------------------------------------------
@@ -273,6 +293,13 @@ def _check_architecture(model: nn.Module, plan: Plan) -> None:
         )
 
 
+def _takes(module: nn.Module, attribute: str) -> bool:
+    """Whether a file may set this size."""
+    return takes_size(module, attribute) or (
+        attribute in PATCHED and type(getattr(module, attribute, None)) is int
+    )
+
+
 def _set_attributes(model: nn.Module, attributes: Any, path: Path) -> None:
     modules = dict(model.named_modules())
     if not isinstance(attributes, Mapping) or not all(
@@ -281,10 +308,13 @@ def _set_attributes(model: nn.Module, attributes: Any, path: Path) -> None:
         raise FileFormatError(f"{path}: attributes are {{module: {{attribute: size}}}}")
     for name, sizes in attributes.items():
         for attribute, value in sizes.items():
-            known = name in modules and attribute in SIZES and hasattr(modules[name], attribute)
+            if attribute == REMOVED and name and name in modules and value in range(1, 100):
+                replace_module_(model, name, value)
+                continue
+            known = name in modules and _takes(modules[name], str(attribute))
             if not known or type(value) is not int or value < 1:
                 raise FileFormatError(f"{path}: attribute {name}.{attribute} = {value!r} unknown")
-            setattr(modules[name], attribute, value)
+            set_size_(modules[name], attribute, value)
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

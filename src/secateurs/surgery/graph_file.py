@@ -1,4 +1,5 @@
-"""The graph form as JSON: a list of operator calls that can only name operators of ATen.
+"""The graph form as JSON: a list of operator calls that can only name operators of ATen, the padded
+norms of secateurs, and regions: graphs of their own under `no_grad` or autocast.
 
 Read without running anything: each entry is checked against an allow-list, so a hostile file can at
 worst describe another network.
@@ -18,9 +19,11 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+import secateurs.graph.padded  # noqa: F401  (registers its operators)
 from secateurs.errors import FileFormatError
 from secateurs.masks import named_tensors
-from secateurs.surgery.graph_form import PrunedGraph
+from secateurs.surgery.graph_form import PrunedGraph, region_module
+from secateurs.surgery.rewriter import DENSE
 
 __all__ = ["graph_from_dict", "graph_to_dict"]
 
@@ -31,6 +34,18 @@ PLAIN = {
         operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le,
         operator.gt, operator.ge, torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_not,
     )
+}  # fmt: skip
+REGIONS = {
+    name: getattr(torch.ops.higher_order, name)
+    for name in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+}
+OWN = {
+    str(op): op
+    for name in (
+        "padded_layer_norm", "padded_rms_norm", "padded_group_norm", "padded_var",
+        "padded_var_mean", "kept_share",
+    )
+    if (op := getattr(torch.ops.secateurs, name).default)
 }  # fmt: skip
 FORBIDDEN = re.compile(
     r"from_file|set_data|set_|resize|_resize|print|record_stream|data_ptr|_unsafe_(?!view$)|_cuda|"
@@ -79,6 +94,11 @@ def graph_to_dict(model: PrunedGraph) -> dict[str, Any]:
         "in_spec": pytree.treespec_dumps(captured.in_spec),
         "out_spec": pytree.treespec_dumps(captured.out_spec),
         "graphs": {mode: _nodes(graph) for mode, graph in captured.graphs.items()},
+        "regions": {
+            path: _nodes(module.graph)
+            for path, module in model.named_modules()
+            if isinstance(module, fx.GraphModule)
+        },
     }
 
 
@@ -90,6 +110,7 @@ def _nodes(graph: fx.Graph) -> list[dict[str, Any]]:
             "target": n.target if isinstance(n.target, str) else _target_name(n),
             "args": [_encode(a) for a in n.args],
             "kwargs": {k: _encode(v) for k, v in n.kwargs.items()},
+            **({"dense": n.meta[DENSE]} if DENSE in n.meta else {}),
         }
         for n in graph.nodes
     ]
@@ -99,7 +120,9 @@ def _target_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
         return str(node.target)
     name = getattr(node.target, "__name__", "")
-    if PLAIN.get(name) is node.target:
+    if str(node.target) in OWN:
+        return str(node.target)
+    if PLAIN.get(name, REGIONS.get(name)) is node.target:
         return name
     raise FileFormatError(f"operator {node.target} has no portable form; export the model instead")
 
@@ -139,8 +162,11 @@ def graph_from_dict(data: dict[str, Any], state: dict[str, Tensor], path: Path) 
         tree = _tree(data, state)
         specs = _spec(data["in_spec"]), _spec(data["out_spec"])
         info = _PyTreeInfo([_identifier(a) for a in data["arguments"]], *specs)
+        regions = data.get("regions", {})
+        for region in sorted(regions, key=lambda r: -r.count(".")):  # inner ones first
+            _add_region(tree, str(region), regions[region])
         graphs = {
-            mode: _module(tree, nodes, info)
+            mode: _graph(nodes, info)
             for mode, nodes in data["graphs"].items()
             if mode in ("eval", "train")
         }
@@ -180,12 +206,8 @@ def _tree(data: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     root = nn.Module()
     made: dict[str, Tensor] = {}
     for name, kind in data["tensors"].items():
-        owner = root
-        *parts, attribute = str(name).split(".")
-        for part in parts:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
+        path, _, attribute = str(name).rpartition(".")
+        owner = _owner(root, path)
         if kind.get("same_as") in made:
             tensor = made[kind["same_as"]]
         elif name in data["constants"]:
@@ -204,9 +226,28 @@ def _tree(data: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     return root
 
 
-def _module(tree: nn.Module, nodes: list[dict[str, Any]], info: _PyTreeInfo) -> fx.GraphModule:
+def _add_region(tree: nn.Module, path: str, nodes: list[dict[str, Any]]) -> None:
+    """Put the graph of a region where the graph around it looks for it."""
+    parent, _, name = path.rpartition(".")
+    owner = _owner(tree, parent)
+    held = owner._modules.get(_identifier(name)) or nn.Module()
+    owner._modules[name] = region_module(held, _graph(nodes, None))
+
+
+def _owner(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path, made where there is none."""
+    owner = root
+    for part in filter(None, path.split(".")):
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    return owner
+
+
+def _graph(nodes: list[dict[str, Any]], info: _PyTreeInfo | None) -> fx.Graph:
     graph = fx.Graph()
-    graph.set_codegen(_PyTreeCodeGen(info))
+    if info is not None:
+        graph.set_codegen(_PyTreeCodeGen(info))
     made: dict[str, fx.Node] = {}
     for entry in nodes:
         target = entry["target"]
@@ -221,10 +262,10 @@ def _module(tree: nn.Module, nodes: list[dict[str, Any]], info: _PyTreeInfo) -> 
         made[entry["name"]] = graph.create_node(
             entry["op"], target, args, kwargs, name=_identifier(entry["name"])
         )
+        if "dense" in entry:
+            made[entry["name"]].meta[DENSE] = str(entry["dense"])
     graph.lint()
-    module = fx.GraphModule(tree, graph)
-    module._in_spec, module._out_spec = info.in_spec, info.out_spec
-    return module
+    return graph
 
 
 def _identifier(name: Any) -> str:
@@ -235,8 +276,9 @@ def _identifier(name: Any) -> str:
 
 
 def _resolve(name: str) -> Any:
-    if name in PLAIN:
-        return PLAIN[name]
+    for known in (PLAIN, REGIONS, OWN):
+        if name in known:
+            return known[name]
     namespace, _, rest = name.partition(".")
     op, _, overload = rest.partition(".")
     found: Any = None

@@ -1,33 +1,50 @@
 """The graph form: the captured operators, rewritten for the smaller sizes.
 
 It works even where the user's Python code has sizes written into it. Parameters keep their names;
-train and eval mode are two graphs over the same parameters; the batch size stays dynamic.
+train and eval mode are two graphs over the same parameters; the batch size stays dynamic, and the
+length of sequences where the model lets it.
+
+    Captures.of(model, example_inputs)        once: both modes, dense
+    graph_form(captures, plan) -> PrunedGraph for each plan
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from secateurs.batches import batch_size
+from secateurs.batches import clone_inputs
 from secateurs.errors import PruningError, SoundnessError
-from secateurs.graph.capture import export_module, is_free, tape_of
-from secateurs.graph.labels import Labels
+from secateurs.graph.capture import Ids, export_module, matters, output_leaves, tape_of
+from secateurs.graph.commute import LabelSizes, failing_moves
+from secateurs.graph.labels import OPTIONS, Labels, Options
 from secateurs.graph.rules import interpret
-from secateurs.masks import named_tensors
-from secateurs.surgery.slicing import Kept, kept_groups, slice_module_
-from secateurs.types import Inputs
+from secateurs.masks import apply_masks_, named_tensors
+from secateurs.surgery.layers import cut_layers_, drop_tensors_
+from secateurs.surgery.rewriter import Analysis, removed_atoms, rewrite_
+from secateurs.surgery.slicing import slice_module_
+from secateurs.types import Inputs, Plan
 
-__all__ = ["Captured", "PrunedGraph", "graph_form", "in_float64"]
-
-BoolArray = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+__all__ = [
+    "Captured",
+    "Captures",
+    "PrunedGraph",
+    "copied_tree",
+    "duplicate",
+    "flat_inputs",
+    "graph_form",
+    "in_float64",
+    "region_module",
+    "set_graphs_",
+    "specs_of",
+]
 
 
 @dataclass(frozen=True)
@@ -45,14 +62,14 @@ class PrunedGraph(nn.Module):
     """A model that runs captured graphs over its own parameters.
 
     All attributes but one are the parameters, buffers and children of the original, whatever
-    their names.
+    their names, and the graphs of its regions.
 
     Attributes:
         secateurs_captured: the graphs, and what they cannot do.
     """
 
     def __init__(
-        self, tree: nn.Module, graphs: Mapping[str, fx.GraphModule], notes: tuple[str, ...] = ()
+        self, tree: nn.Module, graphs: Mapping[str, fx.Graph], notes: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
         for name, tensor in tree._parameters.items():
@@ -62,17 +79,9 @@ class PrunedGraph(nn.Module):
             self.register_buffer(name, buffer, persistent=persistent)
         for name, child in tree._modules.items():
             self.add_module(name, child)
-        into, out = graphs["eval"]._in_spec, graphs["eval"]._out_spec
-        assert into is not None
-        assert out is not None
-        self._in_spec, self._out_spec = into, out  # read by the generated code
-        self.secateurs_captured = Captured(
-            {mode: g.graph for mode, g in graphs.items()},
-            {mode: type(g).forward for mode, g in graphs.items()},
-            into,
-            out,
-            notes,
-        )
+        self._in_spec, self._out_spec = specs_of(graphs["eval"])  # read by the generated code
+        self.secateurs_captured = Captured({}, {}, self._in_spec, self._out_spec, notes)
+        set_graphs_(self, graphs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forwards = self.secateurs_captured.forwards
@@ -88,21 +97,41 @@ class PrunedGraph(nn.Module):
         return new
 
 
+def set_graphs_(model: PrunedGraph, graphs: Mapping[str, fx.Graph]) -> None:
+    """Run these graphs, over the tensors that the model holds."""
+    forwards = {mode: type(fx.GraphModule(model, g)).forward for mode, g in graphs.items()}
+    model.secateurs_captured = replace(
+        model.secateurs_captured, graphs=dict(graphs), forwards=forwards
+    )
+
+
+def specs_of(graph: fx.Graph) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+    """The nesting of inputs and of outputs."""
+    codegen = graph._codegen
+    assert isinstance(codegen, _PyTreeCodeGen)
+    assert codegen.pytree_info.out_spec is not None
+    return codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+
+
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64; a graph form has precisions written into it, which follow."""
     wide = copy.deepcopy(model).double()
     if isinstance(wide, PrunedGraph):
-        graph = fx.Graph()
-        narrow = wide.secateurs_captured.graphs["eval"]
-        graph.set_codegen(narrow._codegen)
-        made: dict[fx.Node, fx.Node] = {}
-        for node in narrow.nodes:
-            made[node] = graph.node_copy(node, made.__getitem__)
-            made[node].args = pytree.tree_map(_widest, made[node].args)
-            made[node].kwargs = pytree.tree_map(_widest, made[node].kwargs)
-        forwards = {"eval": type(fx.GraphModule(wide, graph)).forward}
-        wide.secateurs_captured = replace(wide.secateurs_captured, forwards=forwards)
+        for module in wide.modules():
+            if isinstance(module, fx.GraphModule):  # the graph of a region: a copy already
+                for node in module.graph.nodes:
+                    _widen_(node)
+                module.recompile()
+        graph = duplicate(wide.secateurs_captured.graphs["eval"])
+        for node in graph.nodes:
+            _widen_(node)
+        set_graphs_(wide, {"eval": graph})
     return wide
+
+
+def _widen_(node: fx.Node) -> None:
+    node.args = pytree.tree_map(_widest, node.args)
+    node.kwargs = pytree.tree_map(_widest, node.kwargs)
 
 
 def _widest(x: Any) -> Any:
@@ -110,53 +139,181 @@ def _widest(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 
-def graph_form(model: nn.Module, kept: Kept, example_inputs: Inputs) -> PrunedGraph:
-    """Capture `model`, slice it to `kept` and rewrite sizes; parameters are new, sliced copies.
+# -- capturing -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Captures:
+    """A model captured in both modes, dense, for any number of plans.
+
+    Attributes:
+        model: as given; the graphs are over its own tensors.
+        graphs: "eval" and, where it can be captured, "train".
+        example_inputs: as captured.
+        notes: what the captures cannot do.
+    """
+
+    model: nn.Module
+    graphs: Mapping[str, fx.GraphModule]
+    example_inputs: Inputs
+    notes: tuple[str, ...] = ()
+    _analyses: dict[Any, tuple[Labels, Ids]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Inputs) -> Captures:
+        """Capture a model.
+
+        Raises:
+            CaptureError: eval mode cannot be captured.
+        """
+        graphs = {"eval": export_module(model, example_inputs, training=False)}
+        notes: tuple[str, ...] = ()
+        try:
+            graphs["train"] = export_module(model, example_inputs, training=True)
+        except PruningError as error:
+            notes += (_eval_only(error),)
+        return cls(model, graphs, example_inputs, notes)
+
+    def analysis(self, mode: str, plan: Plan) -> Analysis:
+        """Labels of one mode, and what a plan removes of them.
+
+        Raises:
+            SoundnessError: the plan does not fit the captured graph.
+        """
+        problem: SoundnessError | None = None
+        for options in OPTIONS:  # as the plan's graph was traced
+            try:
+                labels, ids = self._labels(mode, plan.outputs, options)
+                removed = removed_atoms(labels, plan.kept)
+            except SoundnessError as error:
+                problem = problem or error
+                continue
+            if failing := failing_moves(labels, removed):
+                record, why = failing[0]
+                raise SoundnessError(f"cutting does not commute with {record.where}: {why}")
+            return Analysis(ids, LabelSizes(labels, removed))
+        assert problem is not None
+        raise problem
+
+    def _labels(self, mode: str, outputs: tuple[str, ...], options: Options) -> tuple[Labels, Ids]:
+        key = (mode, outputs, options)
+        if key not in self._analyses:
+            module = fx.GraphModule(self.graphs[mode], self.graph(mode, outputs))
+            tape, ids = tape_of(module, self.model, self.example_inputs, outputs)
+            self._analyses[key] = interpret(tape, options), ids
+        return self._analyses[key]
+
+    def graph(self, mode: str, outputs: tuple[str, ...] = ()) -> fx.Graph:
+        """A copy of a dense graph; outputs that are neither named nor on the way to those are None
+        (what they are computed from may lose different units)."""
+        graph = duplicate(self.graphs[mode].graph)
+        if outputs:
+            leaves, wanted = output_leaves(graph, outputs)
+            needed = {leaves[i] for i in wanted}
+            for node in reversed(graph.nodes):
+                if node in needed or (node.op == "call_function" and matters(node)):
+                    needed |= set(node.all_input_nodes)
+            last = next(iter(reversed(graph.nodes)))
+            last.args = (tuple(x if x in needed else None for x in leaves),)
+            graph.eliminate_dead_code(is_impure_node=matters)
+        return graph
+
+
+def _eval_only(error: PruningError) -> str:
+    return f"eval only, so dropout and batch norm rest in train mode: {error}"
+
+
+def flat_inputs(graph: fx.Graph, inputs: Inputs) -> list[Any]:
+    """Copies of the inputs, in the order of the graph's placeholders."""
+    inputs = clone_inputs(inputs)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, dict):
+        order = specs_of(graph)[0].children()[1].context
+        kwargs = {name: inputs[name] for name in order}
+    else:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return pytree.tree_leaves((args, kwargs))
+
+
+# -- one plan --------------------------------------------------------------------------------
+
+
+def graph_form(captures: Captures, plan: Plan) -> PrunedGraph:
+    """Slice what a plan keeps out of a captured model and rewrite sizes; its tensors are new.
 
     Raises:
-        CaptureError: eval mode cannot be captured.
         SoundnessError: the plan does not fit the captured graph.
     """
-    graphs = {"eval": _rewritten(model, kept, example_inputs, training=False)}
-    notes = _fixed_batch(graphs["eval"], example_inputs)
-    try:
-        graphs["train"] = _rewritten(model, kept, example_inputs, training=True)
-    except PruningError as error:
-        notes += (f"eval only, so dropout and batch norm rest in train mode: {error}",)
-    tree = graphs["eval"]
-    if "train" in graphs:
-        _share(tree, graphs["train"], set(named_tensors(model)))
-    slice_module_(tree, _present(tree, kept))
+    memo: dict[int, Any] = {}
+    notes = captures.notes
+    tree = copied_tree(captures.graphs["eval"], memo)
+    eval_graph = captures.graph("eval", plan.outputs)
+    analysis = captures.analysis("eval", plan)
+    cut_layers_(tree, eval_graph, analysis.sizes.labels, plan)
+    rewrite_(tree, eval_graph, analysis)
+    graphs = {"eval": eval_graph}
+    if "train" in captures.graphs:
+        other = copied_tree(captures.graphs["train"], memo)
+        train_graph = captures.graph("train", plan.outputs)
+        try:
+            analysis = captures.analysis("train", plan)
+            cut_layers_(other, train_graph, analysis.sizes.labels, plan)
+            rewrite_(other, train_graph, analysis)
+        except PruningError as error:
+            notes += (_eval_only(error),)
+        else:
+            _share(tree, other, train_graph, set(named_tensors(captures.model)))
+            graphs["train"] = train_graph
+    drop_tensors_(tree, graphs, plan)
+    names = named_tensors(tree)  # an unused parameter is not captured
+    apply_masks_(tree, {name: mask for name, mask in plan.masks.items() if name in names})
+    slice_module_(tree, {name: dims for name, dims in plan.kept.items() if name in names})
     result = PrunedGraph(tree, graphs, notes)
-    result.train(model.training)
+    result.train(captures.model.training)
     return result
 
 
-def _fixed_batch(module: fx.GraphModule, example_inputs: Inputs) -> tuple[str, ...]:
-    """A note where the captured batch size is a number."""
-    found = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
-    sizes = [t.shape[0] for t in found if isinstance(t, torch.Tensor) and t.dim()]
-    if not sizes or any(is_free(size) for size in sizes):
-        return ()
-    n = batch_size(example_inputs)
-    hint = "pass an example of two samples or more" if n == 1 else "it is written into the code"
-    return (f"the batch size is fixed to {n}: {hint}",)
+def duplicate(graph: fx.Graph) -> fx.Graph:
+    """The same nodes, under the same names."""
+    new = fx.Graph()
+    new.set_codegen(graph._codegen)  # nestings of inputs and outputs: constants
+    made: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        made[node] = new.node_copy(node, made.__getitem__)
+    return new
 
 
-def _present(tree: nn.Module, kept: Kept) -> dict[str, Mapping[int, torch.Tensor]]:
-    """The entries of the plan that this graph holds (an unused parameter is not captured)."""
-    names = named_tensors(tree)
-    return {name: dims for name, dims in kept.items() if name in names}
+def region_module(tree: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph of a region over its own constants, which are not part of any state dict."""
+    module = fx.GraphModule(tree, graph)
+    module._non_persistent_buffers_set.update(module._buffers)
+    return module
 
 
-def _share(tree: nn.Module, other: fx.GraphModule, original: set[str]) -> None:
-    """Add to `tree` what only the other mode's graph holds; its own constants get new names."""
+def copied_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of all tensors and regions below a module; tensors copied before come from `memo`."""
+    tree = nn.Module()
+    for name, tensor in module._parameters.items():
+        tree.register_parameter(name, copy.deepcopy(tensor, memo))
+    for name, buffer in module._buffers.items():
+        persistent = name not in module._non_persistent_buffers_set
+        tree.register_buffer(name, copy.deepcopy(buffer, memo), persistent=persistent)
+    for name, child in module._modules.items():
+        if isinstance(child, fx.GraphModule):
+            tree.add_module(name, region_module(copied_tree(child, memo), duplicate(child.graph)))
+        elif child is not None:
+            tree.add_module(name, copied_tree(child, memo))
+    return tree
+
+
+def _share(tree: nn.Module, other: nn.Module, graph: fx.Graph, original: set[str]) -> None:
+    """Add to `tree` what only the other mode's graph holds; its own constants and regions get new
+    names."""
     have = named_tensors(tree)
     for name, tensor in named_tensors(other).items():
         if name not in original and name in have:
-            for node in other.graph.nodes:
-                if node.op == "get_attr" and node.target == name:
-                    node.target = name + "_train"
+            _rename(graph, name, name + "_train")
             name += "_train"
         if name in have:
             continue
@@ -170,182 +327,14 @@ def _share(tree: nn.Module, other: fx.GraphModule, original: set[str]) -> None:
             own.register_parameter(attribute, tensor)
         else:
             own.register_buffer(attribute, tensor, persistent=name in original)
-    other.recompile()
+    for name, child in other._modules.items():
+        if isinstance(child, fx.GraphModule):
+            new = name + "_train" if name in tree._modules else name
+            _rename(graph, name, new)
+            tree.add_module(new, child)
 
 
-def _rewritten(
-    model: nn.Module, kept: Kept, example_inputs: Inputs, *, training: bool
-) -> fx.GraphModule:
-    """Capture one mode and rewrite its sizes; its parameters are still the dense ones."""
-    module = export_module(model, example_inputs, training=training)
-    tape, ids = tape_of(module, model, example_inputs)
-    labels = interpret(tape)
-    removed = removed_atoms(labels, kept)
-    rewriter = _Rewriter(labels, ids, removed, kept)
-    for node in list(module.graph.nodes):
-        rewriter.visit(node)
-    module.graph.lint()
-    module.recompile()
-    return module
-
-
-def removed_atoms(labels: Labels, kept: Kept) -> BoolArray:
-    """Which atoms go when only `kept` stays: whole components, consistent with the plan.
-
-    Raises:
-        SoundnessError: the plan cuts a component in two, or one that is pinned.
-    """
-    component, pinned, _ = labels.solve()
-    removed = np.zeros(labels.n_atoms, dtype=bool)
-    for axis in labels.axes:
-        if axis.stored and axis.dim in kept.get(axis.name, {}):
-            mask = np.ones(axis.size, dtype=bool)
-            mask[kept[axis.name][axis.dim].numpy()] = False
-            removed[axis.offset : axis.offset + axis.size] = mask
-    gone = np.zeros(labels.n_atoms, dtype=bool)
-    gone[component[removed]] = True
-    whole: BoolArray = gone[component]
-    for axis in labels.axes:
-        span = slice(axis.offset, axis.offset + axis.size)
-        if axis.stored and not np.array_equal(whole[span], removed[span]):
-            raise SoundnessError(
-                f"the plan does not remove dimension {axis.dim} of {axis.name} together with what "
-                "depends on it: was it made for another model or with other example inputs?"
-            )
-    if gone[pinned].any():
-        raise SoundnessError("the plan removes something that is left whole in this capture")
-    return whole
-
-
-class _Rewriter:
-    """Rewrites the sizes in one graph, node by node."""
-
-    def __init__(
-        self,
-        labels: Labels,
-        ids: Mapping[str, int | tuple[int, ...]],
-        removed: BoolArray,
-        kept: Kept,
-    ) -> None:
-        self.labels, self.ids, self.removed, self.kept = labels, ids, removed, kept
-
-    def ident(self, node: Any) -> int:
-        """The value that a node makes."""
-        found = self.ids[node.name]
-        assert isinstance(found, int)
-        return found
-
-    def keep(self, node: Any, dim: int) -> BoolArray | None:
-        """Which positions of a dimension stay; None when all do."""
-        ident = node if isinstance(node, int) else self.ident(node)
-        factor = self.labels.on(ident, dim)
-        if factor is None:
-            return None
-        at = factor.dims.index(dim % len(self.labels.value(ident).shape))
-        stays = ~self.removed[factor.labels]
-        others = tuple(i for i in range(stays.ndim) if i != at)
-        along = np.asarray(stays.any(axis=others), dtype=np.bool_)
-        return None if along.all() else along
-
-    def visit(self, node: fx.Node) -> None:
-        if node.op != "call_function":
-            return
-        name = str(getattr(getattr(node.target, "_schema", None), "name", ""))
-        op = name.split("::")[-1].rstrip("_") if name else ""
-        if name.split("::")[-1].startswith("_assert") and not node.users:
-            node.graph.erase_node(node)
-        elif (handler := HANDLERS.get(op)) is not None:
-            handler(self, node)
-
-    def fail(self, node: fx.Node, why: str) -> SoundnessError:
-        return SoundnessError(f"cannot rewrite {node.name}: {why}")
-
-
-def _sizes(argument: int) -> Callable[[_Rewriter, fx.Node], None]:
-    """Operators that take the sizes of their output as a list."""
-
-    def handler(self: _Rewriter, node: fx.Node) -> None:
-        args: list[Any] = list(node.args)
-        sizes = list(args[argument])
-        shift = args[1] % len(args[0].meta["val"].shape) if argument == 2 else 0
-        for i, size in enumerate(sizes):
-            keep = self.keep(node, i + shift)
-            if keep is not None and not (isinstance(size, int) and size == -1):
-                sizes[i] = int(keep.sum())  # also where the model computes the dense size
-        node.update_arg(argument, sizes)
-
-    return handler
-
-
-def _split(self: _Rewriter, node: fx.Node) -> None:
-    args: list[Any] = list(node.args)
-    dim = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
-    assert isinstance(dim, int)
-    if self.keep(args[0], dim) is None:
-        return
-    outputs = self.ids[node.name]
-    assert isinstance(outputs, tuple)
-    counts = []
-    for out in outputs:
-        keep = self.keep(out, dim)
-        counts.append(self.labels.value(out).shape[dim] if keep is None else int(keep.sum()))
-    node.target = torch.ops.aten.split_with_sizes.default
-    node.args = (args[0], counts, dim)
-    node.kwargs = {}
-
-
-def _bounds(self: _Rewriter, node: fx.Node) -> None:
-    """Slice, narrow and select: an index becomes the number of positions kept before it."""
-    args: list[Any] = list(node.args)
-    keep = self.keep(args[0], args[1] if len(args) > 1 else 0)
-    if keep is None:
-        return
-    narrow = "narrow" in str(node.target)
-    if narrow:
-        args[3] = args[2] + args[3] if args[2] >= 0 else len(keep) + args[2] + args[3]
-    for position in (2, 3):
-        if position >= len(args) or args[position] is None:
-            continue
-        bound = args[position]
-        if not isinstance(bound, int):
-            raise self.fail(node, "its bounds are computed at run time")
-        bound = max(0, bound + len(keep)) if bound < 0 else min(bound, len(keep))
-        args[position] = int(keep[:bound].sum())
-    if narrow:
-        args[3] -= args[2]
-    node.args = tuple(args)
-
-
-def _squeeze(self: _Rewriter, node: fx.Node) -> None:
-    """Name the dimensions that are squeezed: one that has shrunk to a single unit stays."""
-    shape = self.labels.value(self.ident(node.args[0])).shape
-    given = node.args[1] if len(node.args) > 1 else range(len(shape))
-    dims = [int(d) % len(shape) for d in np.atleast_1d(np.asarray(given))]
-    if any(self.keep(node.args[0], d) is not None for d in dims):
-        node.target = torch.ops.aten.squeeze.dims
-        node.args = (node.args[0], [d for d in dims if shape[d] == 1])
-
-
-def _groups(self: _Rewriter, node: fx.Node) -> None:
-    args: list[Any] = list(node.args)
-    if len(args) <= 6 or args[6] == 1:
-        return
-    rows = self.keep(args[1], 0)
-    if rows is not None:
-        groups = kept_groups(torch.from_numpy(np.flatnonzero(rows)), len(rows), args[6])
-        node.update_arg(6, groups)
-
-
-HANDLERS: dict[str, Callable[[_Rewriter, fx.Node], None]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), _sizes(1)),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _sizes(1)),
-    **dict.fromkeys(("zeros", "ones", "full", "empty"), _sizes(0)),
-    "unflatten": _sizes(2),
-    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _split),
-    "slice": _bounds,
-    "narrow": _bounds,
-    "squeeze": _squeeze,
-    "select": _bounds,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups),
-}
-"""How sizes written into a captured operator follow the cut."""
+def _rename(graph: fx.Graph, old: str, new: str) -> None:
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == old:
+            node.target = new

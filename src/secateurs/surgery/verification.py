@@ -9,20 +9,41 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateurs.batches import call_model, clone_inputs, in_mode, preserve, tensors
-from secateurs.errors import CaptureError, SoundnessError
+from secateurs.batches import (
+    call_model,
+    clone_inputs,
+    in_mode,
+    named_outputs,
+    preserve,
+    tensors,
+)
+from secateurs.errors import CaptureError, PruningError, SoundnessError
+from secateurs.graph.tape import record_run
 from secateurs.masks import apply_masks_, named_tensors
-from secateurs.surgery.graph_form import in_float64
+from secateurs.surgery.comparing import relative_error
+from secateurs.surgery.graph_form import Captures, PrunedGraph, in_float64
+from secateurs.surgery.lockstep import first_fault
 from secateurs.types import Inputs, Plan
 
-__all__ = ["TOLERANCE", "Verification", "copied", "masked_copy", "train_note", "verify"]
+__all__ = [
+    "compare",
+    "TOLERANCE",
+    "Verification",
+    "copied",
+    "difference",
+    "masked_copy",
+    "relative_error",
+    "train_note",
+    "verify",
+]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ROUGH = {torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -45,6 +66,8 @@ class Verification:
         changed: the same measure between the dense and the masked model: 0 means that the cut
             has no effect on these inputs, so that the comparison says little; infinite, that it
             makes outputs not finite; NaN, that nothing was compared.
+        fault: the first node of a graph form that differs, in words; empty if none does, or if
+            the nodes were not compared.
     """
 
     error: float
@@ -52,6 +75,7 @@ class Verification:
     dtype: str
     comparable: bool
     changed: float
+    fault: str = ""
 
     @property
     def ok(self) -> bool:
@@ -70,6 +94,7 @@ class Verification:
             f"the smaller model {verdict} the masked one: error {self.error:.1e}, "
             f"limit {self.tolerance:.0e} ({self.dtype})"
             + ("; the cut makes outputs not finite" if math.isinf(self.changed) else "")
+            + (f". {self.fault}" if self.fault else "")
         )
 
 
@@ -110,8 +135,13 @@ def verify(
     example_inputs: Inputs,
     *,
     strict: bool = True,
+    lockstep: bool = False,
+    captures: Captures | None = None,
 ) -> Verification:
     """Compare the masked dense model with the smaller one, in eval mode.
+
+    Where a graph form differs, the two graphs are run node by node and the first node at fault is
+    named.
 
     Args:
         model: the dense model (masked or not) from which `small` was made; not changed.
@@ -119,46 +149,103 @@ def verify(
         plan: what was removed.
         example_inputs: what to run.
         strict: raise when they differ; else only report.
+        lockstep: compare every node of a graph form, even if the outputs are equal.
+        captures: of this model, to save capturing it once more for the lockstep.
 
     Raises:
         SoundnessError: outputs differ by more than the tolerance, or in structure or shape.
         CaptureError: a model refuses the inputs.
     """
-    masked = masked_copy(model, plan)
-    inputs = clone_inputs(example_inputs)
-    first = _outputs(masked, inputs, "the masked model")
-    again = _outputs(masked, inputs, "the masked model", seed=1)
-    result = _outputs(small, inputs, "the smaller model")
-    dtype = _precision(model)
-    limit = TOLERANCE.get(dtype, 0.0)
-    same = _shapes(first) == _shapes(again)
-    noise = relative_error(first, again) if same else float("inf")
-    if same:
-        _same_structure(first, result)
-    away = relative_error(first, result) if _shapes(first) == _shapes(result) else float("inf")
-    if noise > 0 and limit < away <= NOISE * noise:
-        return Verification(float("nan"), limit, _name(dtype), False, float("nan"))
-    changed = relative_error(_outputs(model, inputs, "the dense model"), first)
-    error = away
-    if error > limit and dtype != torch.float64 and not noise:
-        error, dtype, limit = _deciding(masked, small, inputs, error, dtype)
-    outcome = Verification(error, limit, _name(dtype), True, changed)
-    if strict and not outcome.ok:
-        raise SoundnessError(f"{outcome.text()}. {_why(first, result)}")
+    graph = small if isinstance(small, PrunedGraph) else None
+    try:
+        outcome, why = compare(model, masked_copy(model, plan), small, plan, example_inputs)
+    except PruningError as error:
+        fault = "" if graph is None else _fault(model, graph, plan, example_inputs, captures)
+        if not fault:
+            raise
+        raise SoundnessError(f"{error}. {fault}") from error
+    if graph is not None and (lockstep or not outcome.ok):
+        fault = _fault(model, graph, plan, example_inputs, captures)
+        outcome = replace(outcome, fault=fault)
+    if strict and (not outcome.ok or outcome.fault):
+        raise SoundnessError(f"{outcome.text()}. {why}")
     return outcome
 
 
+def _fault(
+    model: nn.Module, small: PrunedGraph, plan: Plan, inputs: Inputs, captures: Captures | None
+) -> str:
+    """The first node at fault, as a sentence; empty if there is none or no lockstep."""
+    try:
+        captures = captures or Captures.of(copied(model), inputs)
+        found = first_fault(captures, plan, small, inputs)
+    except (PruningError, RuntimeError):
+        return ""
+    return found.text() if found is not None else ""
+
+
+def compare(
+    model: nn.Module, masked: nn.Module, small: nn.Module, plan: Plan, example_inputs: Inputs
+) -> tuple[Verification, str]:
+    """The outputs of the masked and the smaller model, and what to make of a difference."""
+    inputs = clone_inputs(example_inputs)
+    first = _outputs(masked, inputs, "the masked model", plan.outputs)
+    result = _outputs(small, inputs, "the smaller model", plan.outputs)
+    dtype = _precision(model)
+    limit = TOLERANCE.get(dtype, 0.0)
+    error = relative_error(first, result) if _shapes(first) == _shapes(result) else float("inf")
+    noise = 0.0
+    if error > limit:  # random numbers may explain it
+        again = _outputs(masked, inputs, "the masked model", plan.outputs, seed=1)
+        same = _shapes(first) == _shapes(again)
+        noise = relative_error(first, again) if same else float("inf")
+        if same:
+            _same_structure(first, result)
+        if noise > 0 and error <= NOISE * noise:
+            return Verification(float("nan"), limit, _name(dtype), False, float("nan")), ""
+    dense = _outputs(model, inputs, "the dense model", plan.outputs)
+    changed = relative_error(dense, first)
+    if error > limit and dtype != torch.float64 and not noise:
+        error, dtype, limit = _deciding(masked, small, inputs, plan.outputs, error, dtype)
+    if error > limit and dtype == torch.float64:
+        dtype = _lowest(masked, inputs)
+        limit = TOLERANCE.get(dtype, ROUGH.get(dtype, 0.0))
+    return Verification(error, limit, _name(dtype), True, changed), _why(first, result)
+
+
+def _lowest(model: nn.Module, inputs: Inputs) -> torch.dtype:
+    """The least precise type in which a float64 model computes: its code may have one in it."""
+    found = {v.dtype for v in record_run(model, inputs).values if v.source == "op"}
+    wide = [dtype for dtype in found if dtype.is_floating_point]
+    return max(wide, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
 def _deciding(
-    masked: nn.Module, small: nn.Module, inputs: Inputs, error: float, dtype: torch.dtype
+    masked: nn.Module,
+    small: nn.Module,
+    inputs: Inputs,
+    names: Sequence[str],
+    error: float,
+    dtype: torch.dtype,
 ) -> tuple[float, torch.dtype, float]:
     """The comparison in float64; where the code has a precision written into it, as it was."""
     wide = _widen(inputs)
     try:
-        a = _outputs(in_float64(masked), wide, "the masked model")
-        b = _outputs(in_float64(small), wide, "the smaller model")
+        a = _outputs(in_float64(masked), wide, "the masked model", names)
+        b = _outputs(in_float64(small), wide, "the smaller model", names)
     except CaptureError:
         return error, dtype, TOLERANCE.get(dtype, ROUGH.get(dtype, 0.0))
     return relative_error(a, b), torch.float64, TOLERANCE[torch.float64]
+
+
+def difference(a: nn.Module, b: nn.Module, inputs: Inputs, names: Sequence[str] = ()) -> float:
+    """max|a - b| / (1 + max|a|) over the outputs of two models in eval mode.
+
+    Raises:
+        CaptureError: a model refuses the inputs.
+    """
+    first, second = (_outputs(m, inputs, "the model", names) for m in (a, b))
+    return relative_error(first, second) if _shapes(first) == _shapes(second) else float("inf")
 
 
 def _why(masked: list[Tensor], small: list[Tensor]) -> str:
@@ -170,26 +257,6 @@ def _why(masked: list[Tensor], small: list[Tensor]) -> str:
             "or takes its logarithm. Exclude these units"
         )
     return "The result is not used; please report the architecture"
-
-
-def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
-    """max|a - b| / (1 + max|a|) over pairs of tensors; infinity where one is not finite alone."""
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if x.numel() == 0:
-            continue
-        if not x.is_floating_point():
-            if not torch.equal(x, y):
-                return float("inf")
-            continue
-        both = (torch.isfinite(x) & torch.isfinite(y)) | (x == y) | (x.isnan() & y.isnan())
-        if not bool(both.all()):
-            return float("inf")
-        finite = torch.isfinite(x)
-        if finite.any():
-            gap = (x[finite] - y[finite]).abs().max() / (1 + x[finite].abs().max())
-            worst = max(worst, float(gap))
-    return worst
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -210,14 +277,22 @@ def _widen(inputs: Inputs) -> Inputs:
 
 
 def _outputs(
-    model: nn.Module, inputs: Inputs, who: str, seed: int = 0, *, training: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    who: str,
+    names: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    training: bool = False,
 ) -> list[Tensor]:
+    """The tensors of the named outputs of a run, or of all."""
     with preserve(model), in_mode(model, training=training), torch.no_grad():
         torch.manual_seed(seed)
         try:
-            found = tensors(call_model(model, clone_inputs(inputs)))
+            made = call_model(model, clone_inputs(inputs))
         except Exception as error:
             raise CaptureError(f"{who} refuses the example inputs: {error}") from error
+    found = tensors(named_outputs(made, names))
     if not found:
         raise CaptureError(f"{who} returns no tensor")
     return [t.detach() for t in found]
@@ -234,19 +309,21 @@ def _same_structure(a: list[Tensor], b: list[Tensor]) -> None:
         )
 
 
-def train_note(masked: nn.Module, small: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+def train_note(
+    masked: nn.Module, small: nn.Module, inputs: Inputs, names: Sequence[str] = ()
+) -> tuple[str, ...]:
     """A note when the two differ in train mode and no random numbers explain it."""
+    who = "the model in train mode"
     try:
-        a, again, b = (
-            _outputs(m, inputs, "the model in train mode", seed=seed, training=True)
-            for m, seed in ((masked, 0), (masked, 1), (small, 0))
-        )
+        a = _outputs(masked, inputs, who, names, training=True)
+        b = _outputs(small, inputs, who, names, training=True)
+        error = relative_error(a, b) if _shapes(a) == _shapes(b) else float("inf")
+        if error <= 1e-3:
+            return ()
+        again = _outputs(masked, inputs, who, names, seed=1, training=True)
     except CaptureError:
         return ()  # a batch too small for a batch norm, or a train mode with other inputs
     if _shapes(a) != _shapes(again) or relative_error(a, again) > 0:
-        return ()
-    error = relative_error(a, b) if _shapes(a) == _shapes(b) else float("inf")
-    if error <= 1e-3:
         return ()
     return (
         f"equal in eval mode only: in train mode the outputs differ by {error:.1e}, because the "

@@ -271,9 +271,14 @@ def test_the_nearest_reachable_budget_is_named_and_works() -> None:
     ("options", "message"),
     [
         ({"method": "globel"}, "Did you mean 'global'"),
-        ({"min_keep": 0}, "min_keep must be an integer of at least 1"),
-        ({"round_to": 1.5}, "round_to must be an integer"),
-        ({"round_to": True}, "round_to must be an integer"),
+        ({"min_keep": 0}, "min_keep must be a whole number, at least 1"),
+        ({"round_to": 1.5}, "round_to must be a whole number"),
+        ({"round_to": True}, "round_to must be a whole number"),
+        ({"round_to": 0}, "at least 1"),
+        ({"round_to": "16"}, 'round_to must be a whole number, at least 1, "auto"'),
+        ({"round_to": {"channel": 0}}, "at least 1"),
+        ({"round_to": {"chanel": 8}}, "unknown kind in round_to 'chanel'. Did you mean 'channel'"),
+        ({"homogeneous": 1}, "homogeneous must be True or False"),
     ],
 )
 def test_options_that_are_refused(options: Any, message: str) -> None:

@@ -1,0 +1,1 @@
+"""Measurements that are published: each module writes files into `results`."""
