@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import secateurs as sc
+from secateurs.graph.calls import HANDLERS
 from secateurs.graph.commute import MOVES, failing_moves
 from secateurs.graph.labels import Factor, Labels
 from secateurs.graph.records import Record, Ref, Tape, Value
-from secateurs.graph.rewriting import HANDLERS
 from secateurs.graph.tape import operator_facts
 from tests.graph.nets import Net, plan_of, randomized, rows
 

@@ -17,6 +17,7 @@ from torch import nn
 from secateurs.batches import call_model, clone_inputs, in_mode, model_device, preserve, tensors
 from secateurs.errors import CaptureError
 from secateurs.graph import (  # noqa: F401  (their rules register themselves)
+    attention,
     contractions,
     convolutions,
     elementwise,

@@ -1,8 +1,7 @@
-"""Rules for products of any two tensors: matmul and its kin, einsum, attention.
+"""Rules for products of any two tensors: matmul and its kin, einsum.
 
 Every product is read as an einsum: each dimension of each operand has a letter. A letter in no
-output is summed over; one in several operands pairs them; the others pass. Attention is two
-products with a softmax between.
+output is summed over; one in several operands pairs them; the others pass.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from secateurs.graph.records import Record, Ref, refs
 from secateurs.graph.rules import rule, unknown
 from secateurs.types import IntArray, Kind
 
-__all__: list[str] = []
+__all__ = ["PAIRED", "Operand", "multiply", "operand_of", "store"]
 
 SUMMED = "it is summed over with a tensor that is fixed"
 PAIRED = "it meets a tensor whose entries cannot be removed"
@@ -52,13 +51,13 @@ class Operand:
         return any(letter in key for key in self.factors)
 
 
-def _operand(labels: Labels, ref: Ref, letters: Sequence[str], argument: int) -> Operand:
+def operand_of(labels: Labels, ref: Ref, letters: Sequence[str], argument: int) -> Operand:
     factors = {tuple(letters[d] for d in f.dims): f for f in labels.factors(ref)}
     shape = labels.value(ref).shape
     return Operand(shape, tuple(letters), factors, ref, argument, labels.is_weight(ref))
 
 
-def _product(
+def multiply(
     labels: Labels, record: Record, operands: list[Operand], out: Sequence[str]
 ) -> dict[tuple[str, ...], Factor]:
     """Labels of a product, by letters of its output. Ties, pins, and notes who reads and makes."""
@@ -221,7 +220,7 @@ def _count(labels: Labels, record: Record, operands: list[Operand], out: Sequenc
         labels.products.append(Product(record.name, dims, 1.0 / labels.tape.batch_size))
 
 
-def _store(
+def store(
     labels: Labels, out: int, letters: Sequence[str], found: dict[tuple[str, ...], Factor]
 ) -> None:
     """Give an output the factors of a product."""
@@ -255,8 +254,8 @@ def _matmul(labels: Labels, record: Record) -> None:
         left, right, out = ["k"], ["k"], []
     else:
         left, right, out = _matmul_letters(ra, rb)
-    operands = [_operand(labels, a, left, 0), _operand(labels, b, right, 1)]
-    _store(labels, record.outputs[0], out, _product(labels, record, operands, out))
+    operands = [operand_of(labels, a, left, 0), operand_of(labels, b, right, 1)]
+    store(labels, record.outputs[0], out, multiply(labels, record, operands, out))
 
 
 def _matmul_letters(ra: int, rb: int) -> tuple[list[str], list[str], list[str]]:
@@ -276,9 +275,9 @@ def _with_addend(labels: Labels, record: Record) -> None:
         unknown(labels, record)
         return
     left, right, out = _matmul_letters(len(labels.value(a).shape), len(labels.value(b).shape))
-    operands = [_operand(labels, a, left, 1), _operand(labels, b, right, 2)]
-    found = _product(labels, record, operands, out)
-    _store(labels, record.outputs[0], out, found)
+    operands = [operand_of(labels, a, left, 1), operand_of(labels, b, right, 2)]
+    found = multiply(labels, record, operands, out)
+    store(labels, record.outputs[0], out, found)
     _add(labels, record, record.outputs[0], addend)
 
 
@@ -329,11 +328,11 @@ def _einsum(labels: Labels, record: Record) -> None:
         unknown(labels, record, "an einsum that repeats a letter in one tensor has no rule")
         return
     sides = [
-        _operand(labels, r, t, i) for i, (r, t) in enumerate(zip(operands, terms, strict=True))
+        operand_of(labels, r, t, i) for i, (r, t) in enumerate(zip(operands, terms, strict=True))
     ]
     for o in sides:
         o.argument = -1  # nested in a list: no site
-    _store(labels, record.outputs[0], out, _product(labels, record, sides, out))
+    store(labels, record.outputs[0], out, multiply(labels, record, sides, out))
 
 
 def _letters(term: str, rank: int) -> list[str]:
@@ -357,80 +356,7 @@ def _grouped(labels: Labels, record: Record) -> None:
             labels.drop(b, {0})
     for f in [f for f in labels.factors(b) if f.dims == (0,)]:
         labels.pin(f.labels, "experts are chosen by their number", record.where)
-    operands = [_operand(labels, a, ["t", "k"], 0), _operand(labels, b, ["e", "k", "j"], 1)]
+    operands = [operand_of(labels, a, ["t", "k"], 0), operand_of(labels, b, ["e", "k", "j"], 1)]
     operands[1].factors.pop(("e",), None)
-    found = _product(labels, record, operands, ["e", "t", "j"])
-    _store(labels, record.outputs[0], ["t", "j"], {k: f for k, f in found.items() if "e" not in k})
-
-
-# -- attention -------------------------------------------------------------------------------
-
-
-@rule("scaled_dot_product_attention")
-def _attention(labels: Labels, record: Record) -> None:
-    """(..., heads, length, size): scores over the size, softmax, values over the key length."""
-    q, k, v = record.args[:3]
-    mask = record.args[3] if len(record.args) > 3 else record.kwargs.get("attn_mask")
-    rank = len(labels.value(q).shape)
-    lead = [f"b{rank - i}" for i in range(rank - 2)]
-    query = _operand(labels, q, [*lead, "l", "e"], 0)
-    key = _operand(labels, k, [*lead, "s", "e"], 1)
-    value = _operand(labels, v, [*lead, "s", "v"], 2)
-    if record.kwargs.get("enable_gqa"):
-        for side in (key, value):
-            _repeat_heads(labels, side, labels.value(q).shape[-3], lead[-1])
-    for side, dim in ((query, "l"), (key, "s"), (value, "s")):
-        for letters in [f for f in side.factors if dim in f]:
-            labels.pin(side.factors.pop(letters).labels, "a softmax runs over it", record.where)
-    scores = _product(labels, record, [query, key], [*lead, "l", "s"])
-    scores = {k: replace(f, z=False) for k, f in scores.items()}
-    sizes = [*labels.value(q).shape[:-1], labels.value(k).shape[-2]]
-    if isinstance(mask, Ref):
-        _masked(labels, record, scores, sizes, [*lead, "l", "s"], mask)
-    weights = Operand(tuple(sizes), (*lead, "l", "s"), scores)
-    found = _product(labels, record, [weights, value], [*lead, "l", "v"])
-    _store(labels, record.outputs[0], [*lead, "l", "v"], found)
-
-
-def _repeat_heads(labels: Labels, side: Operand, heads: int, letter: str) -> None:
-    """Each head of keys and values serves several heads of queries."""
-    at = side.letters.index(letter)
-    times = heads // side.shape[at]
-    if times == 1:
-        return
-    side.shape = (*side.shape[:at], heads, *side.shape[at + 1 :])
-    for key in [k for k in side.factors if letter in k]:
-        factor = side.factors.pop(key)
-        if len(key) > 1:
-            assert side.ref is not None
-            factor = labels.narrow(side.ref, factor, [at])
-            labels.heads.append((factor.labels, "head"))
-        side.factors[(letter,)] = replace(factor, labels=np.repeat(factor.labels, times))
-    side.ref = None
-
-
-def _masked(
-    labels: Labels,
-    record: Record,
-    scores: dict[tuple[str, ...], Factor],
-    sizes: Sequence[int],
-    letters: Sequence[str],
-    mask: Ref,
-) -> None:
-    """A mask or bias added to the scores: heads that it tells apart must be its own, too."""
-    shape = labels.value(mask).shape
-    names = letters[len(letters) - len(shape) :]
-    held = {names[f.dims[0]]: f for f in labels.factors(mask) if len(f.dims) == 1}
-    for f in labels.factors(mask):
-        if len(f.dims) > 1:
-            labels.pin(f.labels, PAIRED, record.where)
-    for letter, n in zip(names, shape, strict=True):
-        own, there = held.get(letter), scores.get((letter,))
-        if n == 1:
-            continue
-        if own is not None and there is not None:
-            labels.tie(own.labels, there.labels, "its mask is fixed", record.where)
-        elif there is not None:
-            labels.pin(there.labels, PAIRED, record.where)
-        elif own is not None:
-            labels.pin(own.labels, PAIRED, record.where)
+    found = multiply(labels, record, operands, ["e", "t", "j"])
+    store(labels, record.outputs[0], ["t", "j"], {k: f for k, f in found.items() if "e" not in k})

@@ -10,7 +10,8 @@ its outputs. Here is the registry and the interpreter; the rules are in
     reductions     sums, means, norms, extremes, softmax, cumulative operators
     contractions   linear layers and embeddings
     convolutions   convolutions of all kinds
-    products       matmul, einsum, attention: products of any two tensors
+    products       matmul and einsum: products of any two tensors
+    attention      scaled dot product attention
     norms          batch, instance, group, layer and RMS norm, weight norm
     recurrent      LSTM, GRU, RNN: layers and cells
 
