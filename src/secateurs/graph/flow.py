@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from secateurs.graph.labels import Labels
@@ -38,7 +39,10 @@ class Flow:
             for n, reads in enumerate(self.reads)
             if any(values[labels.root(Ref(i)).id].source == "parameter" for i in reads)
         ]  # records that use parameters
-        self.useless = self.dead(())
+        self.maker = {out: n for n, r in enumerate(self.tape.records) for out in r.outputs}
+        self.useless = self._dead({})
+        needed = (i for n, reads in enumerate(self.reads) if n not in self.useless for i in reads)
+        self.uses = Counter([*needed, *set(self.tape.outputs)])
 
     def depends(self, value: int, on: int) -> bool:
         return bool(self.above.get(value, 0) >> on & 1)
@@ -46,6 +50,32 @@ class Flow:
     def dead(self, sums: Iterable[tuple[int, int]]) -> frozenset[int]:
         """Records that no output needs when these sums are replaced by their skips."""
         skips = dict(sums)
+        return self._dead(skips) if self.writes else self._dead_by_count(skips)
+
+    def _dead_by_count(self, skips: Mapping[int, int]) -> frozenset[int]:
+        """The same where nothing is overwritten: what loses its last reader is dead."""
+        gone = set(self.useless)
+        lost: Counter[int] = Counter()
+        todo = [
+            ident
+            for number, position in skips.items()
+            for ident in self.reads[number]
+            if ident != self.tape.records[number].args[position].id
+        ]
+        while todo:
+            ident = todo.pop()
+            lost[ident] += 1
+            number = self.maker.get(ident, -1)
+            if number < 0 or number in gone:
+                continue
+            outs = self.tape.records[number].outputs
+            if all(self.uses[out] <= lost[out] for out in outs):
+                gone.add(number)
+                todo += self.reads[number]
+        return frozenset(gone)
+
+    def _dead(self, skips: Mapping[int, int]) -> frozenset[int]:
+        """The same for any tape, pass by pass."""
         rewritten = any(self.tape.records[n].inplace for n in skips)
         root = aliases(self.tape, skips) if rewritten else self.root
         values = set(self.tape.outputs)

@@ -24,7 +24,7 @@ SAME = (
     "_autocast_to_reduced_precision _autocast_to_full_precision"
 ).split()
 SPREADS = frozenset("expand expand_as broadcast_to".split())
-TEMPLATED = frozenset("expand_as view_as reshape_as".split())
+VIEWS = frozenset("view _unsafe_view view_as reshape_as".split())
 UNSURE = frozenset("reshape flatten reshape_as contiguous".split())  # a view or a copy
 RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten".split())
 FLOATING = frozenset("im2col view_as_complex view_as_real".split())  # have no integer kernel
@@ -117,12 +117,12 @@ def _tie_blocks(labels: Labels, record: Record) -> None:
 def _run(record: Record, spread: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """The operator on labels; `shape` is that of its (first) output."""
     source = next(refs(record.args))
-    if record.op in ("view", "_unsafe_view", "view_as", *FLOATING):
-        spread = spread.contiguous()  # views refuse some strides that the real tensor hasn't
     if record.op in FLOATING:
-        spread = spread.double()  # exact up to 2^53
-    if record.op in TEMPLATED:
-        return [spread.expand(shape) if record.op == "expand_as" else spread.reshape(shape)]
+        spread = spread.contiguous().double()  # exact up to 2^53
+    if record.op == "expand_as":
+        return [spread.expand(shape)]
+    if record.op in VIEWS:  # they refuse some strides that the real tensor hasn't
+        return [spread.reshape(shape)]
     args = [spread if a == source else a for a in record.args]
     moved = record.fn(*args, **record.kwargs)
     results = list(moved) if isinstance(moved, (list, tuple)) else [moved]
@@ -180,7 +180,8 @@ def _landed(
     if moved.numel() == 0:
         return None  # an empty piece holds no unit
     long = [d for d in range(moved.dim()) if moved.shape[d] > 1 and moved.stride(d) != 0]
-    vary = [d for d in long if bool((moved != moved.narrow(d, 0, 1)).any())]
+    thin = moved[tuple(slice(None) if d in long else slice(1) for d in range(moved.dim()))]
+    vary = [d for d in long if bool((thin != thin.narrow(d, 0, 1)).any())]
     corner = moved[tuple(slice(None) if d in vary else 0 for d in range(moved.dim()))]
     block = corner.contiguous().numpy()
     if not vary:
