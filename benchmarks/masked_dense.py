@@ -51,11 +51,11 @@ class Comparison:
 
 
 def distinct_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Make the elements of each floating-point parameter differ, by as little as possible."""
+    """Make the elements of each floating-point tensor differ, by as little as possible."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            if not p.is_floating_point():
+        for p in (*model.parameters(), *model.buffers()):
+            if not p.is_floating_point() or p.dim() == 0:
                 continue
             flat = p.detach().reshape(-1).clone()
             for _ in range(8):
@@ -256,8 +256,17 @@ def _masked(dense: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
                     setattr(owner, attribute, wrapped)
                     tensor = wrapped
                 if mask is not None:
-                    tensor.mul_(mask)
+                    tensor.mul_(_divisible(name, mask))
     return masked
+
+
+def _divisible(name: str, mask: Tensor) -> Tensor:
+    """The direction of a weight norm is divided by its own length: where a whole row goes, its
+    scale is zero, and the row stays as it is."""
+    if not name.endswith(("parametrizations.weight.original1", "weight_v")):
+        return mask
+    gone = ~mask.flatten(1).any(1)
+    return mask | gone.view(-1, *[1] * (mask.dim() - 1))
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

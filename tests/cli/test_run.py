@@ -289,7 +289,7 @@ def test_ctrl_c_ends_with_one_message(tmp_path: Path) -> None:
         while (line := process.stderr.readline()) and "ready" not in line:
             pass
         os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     assert process.returncode == 1
     assert out == ""
     assert err.strip() == "secateurs: interrupted"

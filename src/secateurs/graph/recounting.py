@@ -14,6 +14,7 @@ from secateurs.graph.calls import (
     HANDLERS,
     Arguments,
     Call,
+    CannotRewrite,
     Handler,
     Known,
     grouped,
@@ -34,6 +35,8 @@ def _convolution(a: Arguments, outs: Sequence[Any], known: Known) -> Arguments |
     if rows is None:
         channel = len(known.shape(a["input"])) - len(known.shape(a["weight"])) + 1
         rows = known.keep(outs[0], channel)
+    if rows is not None and not isinstance(a["groups"], int):
+        raise CannotRewrite("its number of groups is known at run time only")
     return None if rows is None else {**a, "groups": grouped(rows, a["groups"])}
 
 

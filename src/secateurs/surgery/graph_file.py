@@ -93,6 +93,7 @@ def graph_to_dict(model: PrunedGraph) -> dict[str, Any]:
         "arguments": list(codegen.pytree_info.orig_args),
         "in_spec": pytree.treespec_dumps(captured.in_spec),
         "out_spec": pytree.treespec_dumps(captured.out_spec),
+        "sizes": [list(shape) for shape in captured.sizes],
         "graphs": {mode: _nodes(graph) for mode, graph in captured.graphs.items()},
         "regions": {
             path: _nodes(module.graph)
@@ -170,11 +171,18 @@ def graph_from_dict(data: dict[str, Any], state: dict[str, Tensor], path: Path) 
             for mode, nodes in data["graphs"].items()
             if mode in ("eval", "train")
         }
-        return PrunedGraph(tree, graphs)
+        sizes = tuple(tuple(_size(n) for n in shape) for shape in data.get("sizes", []))
+        return PrunedGraph(tree, graphs, sizes=sizes)
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
     except Exception as error:  # damaged in any other way
         raise FileFormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _size(value: Any) -> int | None:
+    if value is not None and type(value) is not int:
+        raise FileFormatError(f"size {value!r} is no number")
+    return value
 
 
 def _spec(text: Any) -> pytree.TreeSpec:

@@ -21,7 +21,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from secateurs.batches import clone_inputs
-from secateurs.errors import PruningError, SoundnessError
+from secateurs.errors import CaptureError, PruningError, SoundnessError
 from secateurs.graph.capture import Ids, export_module, matters, output_leaves, tape_of
 from secateurs.graph.commute import LabelSizes, failing_moves
 from secateurs.graph.labels import OPTIONS, Labels, Options
@@ -47,15 +47,24 @@ __all__ = [
 ]
 
 
+Sizes = tuple[tuple[int | None, ...], ...]
+"""For each input leaf the size of each dimension, None where any will do; () for no tensor."""
+
+
 @dataclass(frozen=True)
 class Captured:
-    """The graphs of a `PrunedGraph`, "eval" and perhaps "train", and how they are called."""
+    """The graphs of a `PrunedGraph`, "eval" and perhaps "train", and how they are called.
+
+    Attributes:
+        sizes: those of the inputs; the graphs are wrong for others.
+    """
 
     graphs: Mapping[str, fx.Graph]
     forwards: Mapping[str, Callable[..., Any]]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     notes: tuple[str, ...] = ()
+    sizes: Sizes = ()
 
 
 class PrunedGraph(nn.Module):
@@ -69,7 +78,11 @@ class PrunedGraph(nn.Module):
     """
 
     def __init__(
-        self, tree: nn.Module, graphs: Mapping[str, fx.Graph], notes: tuple[str, ...] = ()
+        self,
+        tree: nn.Module,
+        graphs: Mapping[str, fx.Graph],
+        notes: tuple[str, ...] = (),
+        sizes: Sizes = (),
     ) -> None:
         super().__init__()
         for name, tensor in tree._parameters.items():
@@ -80,13 +93,33 @@ class PrunedGraph(nn.Module):
         for name, child in tree._modules.items():
             self.add_module(name, child)
         self._in_spec, self._out_spec = specs_of(graphs["eval"])  # read by the generated code
-        self.secateurs_captured = Captured({}, {}, self._in_spec, self._out_spec, notes)
+        self.secateurs_captured = Captured({}, {}, self._in_spec, self._out_spec, notes, sizes)
         set_graphs_(self, graphs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_sizes(args, kwargs)
         forwards = self.secateurs_captured.forwards
         mode = "train" if self.training and "train" in forwards else "eval"
         return forwards[mode](self, *args, **kwargs)
+
+    def _check_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sizes that are numbers in the graphs: others would give wrong results, or odd errors."""
+        sizes = self.secateurs_captured.sizes
+        order = self._in_spec.children()[1].context
+        if not sizes or set(order or ()) != set(kwargs):
+            return  # the call itself says what is wrong
+        leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in order or ()}))
+        if len(leaves) != len(sizes):
+            return
+        for number, (leaf, known) in enumerate(zip(leaves, sizes, strict=True)):
+            shape = leaf.shape if isinstance(leaf, torch.Tensor) else ()
+            for dim, (size, wanted) in enumerate(zip(shape, known, strict=False)):
+                if wanted is not None and size != wanted:
+                    raise CaptureError(
+                        f"input {number} has size {int(size)} along dimension {dim}; this graph "
+                        f"form was captured with {wanted} there, which is written into it. Use "
+                        "the module form, or shrink with example inputs of that size"
+                    )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedGraph:
         new = PrunedGraph.__new__(PrunedGraph)

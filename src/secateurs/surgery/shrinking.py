@@ -30,7 +30,7 @@ from secateurs.surgery.layers import (
 )
 from secateurs.surgery.patching import patch_sizes
 from secateurs.surgery.settling import has_padded, settle
-from secateurs.surgery.sizes import fixed_sizes, other_sizes
+from secateurs.surgery.sizes import fixed_sizes, input_sizes, other_sizes
 from secateurs.surgery.slicing import fix_sizes, observe_sizes, sliced, sliced_copy
 from secateurs.surgery.verification import (
     TOLERANCE,
@@ -266,6 +266,8 @@ def _graph_form(
     if not found.comparable:
         notes = (*notes, found.text())
     else:
+        sizes = input_sizes(masked, small, captures, plan.outputs)
+        small.secateurs_captured = replace(small.secateurs_captured, sizes=sizes)
         notes += other_sizes(masked, small, captures, plan.outputs)
     notes += fixed_sizes(captures.graphs["eval"], example_inputs)
     notes += small.secateurs_captured.notes

@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 from secateurs.batches import batch_size
 from secateurs.errors import PruningError
 from secateurs.graph.capture import is_free
-from secateurs.surgery.graph_form import Captures, PrunedGraph, flat_inputs, specs_of
+from secateurs.surgery.graph_form import Captures, PrunedGraph, Sizes, flat_inputs, specs_of
 from secateurs.surgery.verification import difference
 from secateurs.types import Inputs
 
-__all__ = ["fixed_sizes", "other_sizes"]
+__all__ = ["fixed_sizes", "input_sizes", "other_sizes"]
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -35,8 +35,63 @@ def fixed_sizes(module: fx.GraphModule, example_inputs: Inputs) -> tuple[str, ..
         f"the size of input {name} is fixed to {size} along dimension {dim}"
         for name, t in shapes
         for dim, size in enumerate(t.shape)
-        if dim and not t.is_floating_point() and not is_free(size) and size > 1
+        if dim and not is_free(size) and size > 1 and not t.is_floating_point()
     )
+
+
+def input_sizes(
+    masked: nn.Module, small: PrunedGraph, captures: Captures, names: tuple[str, ...] = ()
+) -> Sizes:
+    """Sizes that a graph form insists on: numbers in the capture, unless others prove to work.
+
+    A length is tried with one step less and one more, an image with twice its sides: where the
+    masked model runs and the small one equals it each time, the size is free.
+    """
+    graph = captures.graphs["eval"].graph
+    metas = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    sizes = [
+        [None if is_free(s) else int(s) for s in m.shape] if isinstance(m, Tensor) else []
+        for m in metas
+    ]
+    leaves = flat_inputs(graph, captures.example_inputs)
+    limit = LIMITS.get(next((p.dtype for p in masked.parameters()), torch.float32), 0.05)
+    tried: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for i, shape in enumerate(sizes):
+        for d, size in enumerate(shape):
+            image = len(shape) > 3
+            if size is not None and size > 2 and (d >= 2 if image else d == 1):
+                tried[-len(shape) if image else size].append((i, d))
+    for key, places in tried.items():
+        changes = (0,) if key < 0 else (-1, 1)
+        if all(_same_at(masked, small, graph, leaves, places, c, names, limit) for c in changes):
+            for i, d in places:
+                sizes[i][d] = None
+    return tuple(tuple(shape) for shape in sizes)
+
+
+def _same_at(
+    masked: nn.Module,
+    small: PrunedGraph,
+    graph: fx.Graph,
+    leaves: list[Any],
+    places: list[tuple[int, int]],
+    change: int,
+    names: tuple[str, ...],
+    limit: float,
+) -> bool:
+    """Whether the two models agree at another size: one less, one more, or (0) twice as much."""
+    changed = list(leaves)
+    for i, d in places:
+        x = changed[i]
+        if change < 0:
+            changed[i] = x.narrow(d, 0, x.shape[d] - 1)
+        else:
+            changed[i] = torch.cat([x, x.narrow(d, 0, 1) if change else x], d)
+    inputs = _inputs(graph, changed)
+    try:
+        return difference(masked, small, inputs, names) <= limit
+    except PruningError:
+        return False
 
 
 def other_sizes(
