@@ -25,7 +25,8 @@ of its attempts counts. Then the removed slices are found by value, zeroed in th
 the outputs are compared (`benchmarks/soundness.py`; limit 1e-4 of the largest output). A result
 whose norms or attention scale count only what is left is compared with a masked model that does so,
 too ("rescaled"). Per cent: parameters that are left. A failure may be a limit of our harness or of
-30 CPU seconds per attempt; the messages are in `benchmarks/results/soundness.jsonl`.
+the time: 10 to 60 CPU seconds for each of up to four attempts. The messages are in
+`benchmarks/results/soundness.jsonl`.
 """
 
 SPEED = """

@@ -53,7 +53,7 @@ RATIOS = (0.1, 0.5, 0.9)
 """Shares of the units of every family that go."""
 
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
-MOST_KEPT = 0.34
+MOST_KEPT = 0.305
 
 WHOLE: dict[str, str] = {}
 """Cases in which nothing can be removed -> a reason that must be given."""
