@@ -301,7 +301,8 @@ class Labels:
         if self.options.norm == "pin":
             self.pin(labels, 'a norm or mean counts it, and norm="pin" was asked', record.where)
             return False
-        if not self.is_weight(next(refs(record.args))):  # weights are standardised, too
+        plain = record.op not in ("group_norm", "padded_group_norm")  # channels stay channels
+        if plain and not self.is_weight(next(refs(record.args))):  # weights are standardised, too
             self.normalised.append(labels)
         self.consume(labels)
         return True
