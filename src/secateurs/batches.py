@@ -16,7 +16,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from secateurs.errors import CaptureError, DataError, ScoringError, choose
+from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError, choose
 from secateurs.types import Batch, Batches, Inputs, LossFn
 
 __all__ = [
@@ -72,6 +72,11 @@ def named_outputs(tree: Any, names: Iterable[str] = ()) -> Any:
         part = tree
         for step in name.split("."):
             parts = _parts(part)
+            if not parts:
+                raise ConfigError(
+                    f"output {name!r}: what the model returns there is one {type(part).__name__}, "
+                    "without named parts; leave outputs away"
+                )
             choose(step, parts, "output")
             part = parts[step]
         found.append(part)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateurs as sc
-from secateurs.errors import PruningError
-from secateurs.types import Inputs
+from secateurs.errors import ConfigError, PruningError
+from secateurs.surgery import masked_copy, shrink
+from secateurs.surgery.shrinking import info_of
+from secateurs.types import Budget, Counts, Inputs, Scores
 from tests.graph.law import proven, why
 from tests.graph.nets import Net, plan_of, randomized, rows, sequence, shrunk, tolerable, traced
 from tests.graph.test_capture import same, snapshot
@@ -312,3 +314,92 @@ def test_the_line_is_that_of_the_user() -> None:
 def test_inputs_that_do_not_fit(inputs: Inputs) -> None:
     with pytest.raises(PruningError):
         sc.trace(mlp(lambda n, x: n.c(n.a(x))), inputs)
+
+
+class Routed(nn.Module):
+    """Experts that get the tokens which a router sends them: sizes depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.router = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.up = nn.ModuleList(nn.Linear(6, 8) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(8, 6) for _ in range(3))
+        self.outer = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        share, chosen = self.router(x).softmax(-1).topk(1, -1)
+        out = torch.zeros_like(x)
+        for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            token, place = torch.where(chosen == number)
+            made = down(torch.relu(up(x[token]))) * share[token, place, None]
+            out.index_add_(0, token, made)
+        found: Tensor = self.outer(out)
+        return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_routed_experts_keep_their_class(seed: int) -> None:
+    """The masked model routes as the small one does; the dense one may route otherwise."""
+    torch.manual_seed(seed)
+    model, x = Routed().eval(), torch.randn(5, 4)
+    graph = sc.trace(model, x)
+    groups = graph.groups()
+    scores = Scores(graph, {t.name: torch.rand(t.n_units) for t in groups}, "random")
+    counts = Counts({t.name: t.n_units // 2 for t in groups}, Budget(units=0.5))
+    plan = sc.select(scores, counts)
+    small = shrink(model, plan, x, form="module")
+    other = torch.randn(9, 4)
+    torch.testing.assert_close(small(other), masked_copy(model, plan)(other))
+
+
+def test_a_model_that_cannot_be_copied_is_left_without_what_a_run_sets_on_it(
+    tmp_path: Path,
+) -> None:
+    class Open(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.log = (tmp_path / "log").open("w")
+            self.seen: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = torch.relu(self.inner(x))
+            out: Tensor = self.outer(self.seen)
+            return out
+
+    model = Open()
+    assert sc.trace(model, torch.randn(2, 4)).units == {"inner:neuron": 8}
+    assert model.seen is None
+    model.log.close()
+
+
+def test_a_tensor_that_a_module_holds_as_neither_can_follow_a_cut() -> None:
+    """It is cut in the graph form; the module form, whose tensor stays long, is refused."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.scale = torch.linspace(1, 2, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.outer(torch.relu(self.inner(x)) * self.scale)
+            return out
+
+    model, x = Scaled().eval(), torch.randn(3, 4)
+    graph = sc.trace(model, x)
+    assert graph.units == {"inner:neuron": 8}
+    plan = sc.select(
+        Scores(graph, {"inner:neuron": torch.arange(8.0)}, "number"),
+        Counts({"inner:neuron": 4}, Budget(units=0.5)),
+    )
+    small = shrink(model, plan, x)
+    assert info_of(small).form == "graph"
+    other = torch.randn(5, 4)
+    torch.testing.assert_close(small(other), masked_copy(model, plan)(other))
+
+
+def test_a_single_tensor_has_no_named_outputs() -> None:
+    with pytest.raises(ConfigError, match="one Tensor, without named parts; leave outputs away"):
+        sc.trace(nn.Linear(3, 2), torch.randn(2, 3), outputs=("logits",))

@@ -275,8 +275,6 @@ ELSEWHERE = {
     ".+ cannot follow a cut: .+": "test_commute",
     "the rule for .+ does not fit this call (.+)": "test_register_rule, test_labels",
     "operator .+ has no rule for this dimension": "test_register_rule, test_labels",
-    "it is joined along a dimension without fixed size": "needs sizes that are symbols",
-    "its dimension has no fixed size": "needs sizes that are symbols",
     "columns of a group stay while its group does": "never of all of a weight: not listed",
     "its scale is fixed": "never of all of a weight: not listed",
     "experts are chosen by their number": "never of all of a weight: not listed",

@@ -216,18 +216,14 @@ def _create(labels: Labels, record: Record) -> None:
     out = labels.value(record.outputs[0])
     for template in refs(record.args):
         labels.ignore(template)
-    sizes = [None if d in out.dynamic else n for d, n in enumerate(out.shape)]
-    labels.add_axes(out, sizes, stored=False, z=record.op in ("zeros", "new_zeros"))
+    labels.add_axes(out, stored=False, z=record.op in ("zeros", "new_zeros"))
 
 
 @rule(*COUNT)
 def _count(labels: Labels, record: Record) -> None:
     """Constants that the model computes: the entries that stay can be picked from them."""
     out = labels.value(record.outputs[0])
-    if out.dynamic:
-        labels.assign(out.id, [])
-        return
-    labels.add_axes(out, out.shape, stored=False, z=False)
+    labels.add_axes(out, stored=False, z=False)
 
 
 @rule("prelu")

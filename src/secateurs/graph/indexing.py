@@ -55,12 +55,13 @@ def _carried(
         if value.dtype in (torch.bool, torch.uint8):
             span = range(dim, dim + len(value.shape))
             rest = prod(n for d, n in enumerate(size) if d not in span)
-            found = prod(shape) // max(1, rest)
+            found = max(1, prod(shape) // max(1, rest))  # where none was found, as if one was
             zeros += [torch.zeros(found, dtype=torch.int64)] * len(value.shape)
             touched |= set(span)
             dim += len(value.shape)
         else:
-            zeros.append(torch.zeros(value.shape, dtype=torch.int64))
+            sizes = [max(1, n) for n in value.shape]
+            zeros.append(torch.zeros(sizes, dtype=torch.int64))
             touched.add(dim)
             dim += 1
     kept = without(labels, x, touched, INDEXED, record)

@@ -65,9 +65,7 @@ def _cat(labels: Labels, record: Record) -> None:
         return
     result = []
     joined = _joined(labels, parts, dim)
-    if joined is not None and dim in labels.value(out).dynamic:
-        labels.pin(joined.labels, "it is joined along a dimension without fixed size", record.where)
-    elif joined is not None:
+    if joined is not None:
         if len(joined.dims) > 1:
             labels.oblige(joined.labels)
         result.append(joined)
@@ -157,7 +155,7 @@ def _pad(labels: Labels, record: Record) -> None:
     for f in labels.factors(x):
         if not padded & set(f.dims):
             kept.append(replace(f, z=f.z and zero))
-        elif mode == "constant" and min(amount[f.dims[0]]) >= 0 and f.dims[0] not in out.dynamic:
+        elif mode == "constant" and min(amount[f.dims[0]]) >= 0:
             dim = f.dims[0]
             left, right = (
                 labels.fresh_entries(out, dim, n, z=zero).labels if n else np.zeros(0, np.int64)

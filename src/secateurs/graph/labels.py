@@ -59,7 +59,7 @@ class Labels:
     heads: list[tuple[IntArray, Kind]] = field(default_factory=list)  # blocks that attention formed
     normalised: list[IntArray] = field(default_factory=list)  # atoms that a norm or mean counts
     products: list[Product] = field(default_factory=list)  # multiply-adds between activations
-    options: Options = field(default_factory=lambda: Options())
+    options: Options = field(default_factory=Options)
     n_atoms: int = 1
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _nonzero: list[IntArray] = field(default_factory=list)
@@ -72,11 +72,11 @@ class Labels:
 
     # -- atoms -----------------------------------------------------------------------------
 
-    def add_axes(self, value: Value, sizes: Iterable[int | None], *, stored: bool, z: bool) -> None:
-        """Give a tensor its own atoms on every dimension longer than 1 whose size is known."""
+    def add_axes(self, value: Value, *, stored: bool, z: bool) -> None:
+        """Give a tensor its own atoms on every dimension longer than 1."""
         factors = []
-        for dim, size in enumerate(sizes):
-            if size is None or size <= 1:
+        for dim, size in enumerate(value.shape):
+            if size <= 1:
                 continue
             learned = value.source == "parameter"
             axis = Axis(value.id, value.name, dim, self.n_atoms, size, learned, stored)

@@ -20,13 +20,12 @@ __all__: list[str] = []
 SAME = (
     "clone contiguous alias detach dropout feature_dropout alpha_dropout feature_alpha_dropout to "
     "_to_copy type_as lift_fresh_copy lift_fresh lift positive conj resolve_conj resolve_neg "
-    "native_dropout _reshape_alias view_dtype requires_grad double float half bfloat16 cpu "
+    "native_dropout _reshape_alias "
     "_autocast_to_reduced_precision _autocast_to_full_precision"
 ).split()
 SPREADS = frozenset("expand expand_as broadcast_to".split())
 VIEWS = frozenset("view _unsafe_view view_as reshape_as".split())
 UNSURE = frozenset("reshape flatten reshape_as contiguous".split())  # a view or a copy
-RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten".split())
 FLOATING = frozenset("im2col view_as_complex view_as_real".split())  # have no integer kernel
 
 
@@ -39,7 +38,7 @@ def _same(labels: Labels, record: Record) -> None:
         and value.source == "constant"
         and source.id not in labels.state
     ):
-        labels.add_axes(value, value.shape, stored=False, z=False)
+        labels.add_axes(value, stored=False, z=False)
     for template in refs(record.args[1:]):
         labels.ignore(template)
     labels.assign(record.outputs[0], labels.factors(source), moves=True)
@@ -152,7 +151,7 @@ def _spread_sizes(
     covered = {d for f in factors for d in f.dims}
     for dim, size in enumerate(out.shape):
         single = dim < shift or shape[dim - shift] == 1
-        if single and size > 1 and dim not in covered and dim not in out.dynamic:
+        if single and size > 1 and dim not in covered:
             factors.append(labels.fresh(out.id, dim, z=False))
 
 
@@ -176,7 +175,6 @@ def _landed(
     labels: Labels, factor: Factor, moved: Tensor, out: int, record: Record
 ) -> Factor | None:
     """The factor that a moved label tensor amounts to."""
-    value = labels.value(out)
     if moved.numel() == 0:
         return None  # an empty piece holds no unit
     long = [d for d in range(moved.dim()) if moved.shape[d] > 1 and moved.stride(d) != 0]
@@ -186,9 +184,6 @@ def _landed(
     block = corner.contiguous().numpy()
     if not vary:
         labels.pin(block, "one index of the dimension is picked out", record.where)
-        return None
-    if set(vary) & value.dynamic and record.op not in RESHAPES:
-        labels.pin(block, "its dimension has no fixed size", record.where)
         return None
     if len(vary) > 1:
         labels.oblige(block)

@@ -34,7 +34,6 @@ class Value:
         source: "input", "parameter", "buffer", "op", "attribute" (a tensor that a module holds as
             neither) or "constant" (one that no operator made).
         name: fully qualified name of a parameter or buffer, else a readable label.
-        dynamic: dimensions whose size is symbolic (batch, sequence): they carry no units.
     """
 
     id: int
@@ -42,7 +41,6 @@ class Value:
     dtype: torch.dtype
     source: Literal["input", "parameter", "buffer", "attribute", "constant", "op"]
     name: str
-    dynamic: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

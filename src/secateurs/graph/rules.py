@@ -35,7 +35,8 @@ RULES: dict[str, Rule] = {}
 MOVE = frozenset(
     "view reshape _unsafe_view permute transpose t numpy_T mT mH matrix_H adjoint select slice "
     "narrow squeeze unsqueeze flatten unflatten chunk split split_with_sizes unsafe_chunk "
-    "unsafe_split tensor_split hsplit vsplit dsplit unbind movedim moveaxis swapaxes swapdims "
+    "unsafe_split unsafe_split_with_sizes tensor_split hsplit vsplit dsplit unbind movedim "
+    "moveaxis swapaxes swapdims "
     "expand expand_as broadcast_to view_as reshape_as repeat tile repeat_interleave flip fliplr "
     "flipud roll unfold im2col pixel_shuffle pixel_unshuffle channel_shuffle rot90 "
     "native_channel_shuffle diagonal atleast_2d atleast_3d view_as_complex view_as_real"
@@ -91,9 +92,9 @@ def interpret(tape: Tape, options: Options | None = None) -> Labels:
     labels = Labels(tape, options=options or Options())
     for value in tape.values:
         if value.source in ("parameter", "buffer") and value.dtype.is_floating_point:
-            labels.add_axes(value, value.shape, stored=True, z=True)
+            labels.add_axes(value, stored=True, z=True)
         elif value.source == "attribute":
-            labels.add_axes(value, value.shape, stored=False, z=False)
+            labels.add_axes(value, stored=False, z=False)
     for record in tape.records:
         if record.outputs or record.inplace:
             _apply(labels, record)

@@ -62,7 +62,10 @@ def record_run(model: nn.Module, example_inputs: Inputs, outputs: Iterable[str] 
     if device is not None and device.type == "meta":
         inputs = to_device(inputs, device)
     runner = _shared_copy(model)
-    with preserve(model), in_mode(runner, training=False), plain_kernels(runner):
+    with (
+        preserve(model), _attributes_of(runner), in_mode(runner, training=False),
+        plain_kernels(runner),
+    ):  # fmt: skip
         try:
             with torch.inference_mode(), _Recorder(runner, inputs) as recorder:
                 found = call_model(runner, inputs)
@@ -78,9 +81,21 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     held: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         other = copy.deepcopy(model, held)
-    except Exception:  # handles and caches that refuse: only what the run leaves behind differs
+    except Exception:  # an open handle, a cached output: run the model itself, and tidy up
         return model
     return other if _tensors_of(other) == _tensors_of(model) else model
+
+
+@contextmanager
+def _attributes_of(model: nn.Module) -> Iterator[None]:
+    """What a run sets on modules (caches, weights made anew by a hook) is taken off again."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, held in before:
+            attributes.clear()
+            attributes.update(held)
 
 
 def _tensors_of(model: nn.Module) -> dict[str, int]:
@@ -117,15 +132,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.constants = 0
         self.batch = batch_size(inputs) if any(t.dim() for t in tensors(inputs)) else 1
         self.overwritten: list[tuple[Tensor, Tensor]] = []
-        self.storages = {
-            p.untyped_storage().data_ptr(): p for p in model.parameters() if not p.is_meta
-        }
+        self.storages: dict[int, list[Tensor]] = {}
+        for p in model.parameters():
+            if not p.is_meta:
+                self.storages.setdefault(p.untyped_storage().data_ptr(), []).append(p)
         for path, module in model.named_modules():
             self.paths[id(module)] = path
         for name, parameter in model.named_parameters():
             self.add(parameter, "parameter", name)
         for name, buffer in model.named_buffers():
             self.add(buffer, "buffer", name)
+        for path, module in model.named_modules():
+            for attribute, held in vars(module).items():
+                if isinstance(held, Tensor) and id(held) not in self.known:
+                    self.add(held, "attribute", f"{path}.{attribute}".lstrip("."))
         for i, tensor in enumerate(tensors(inputs)):
             self.add(tensor, "input", f"input_{i}")
 
@@ -173,8 +193,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def remember(self, target: Any) -> None:
         """Keep the value of a parameter that is about to be overwritten (`max_norm` does it)."""
         if isinstance(target, Tensor) and not target.is_meta:
-            own = self.storages.pop(target.untyped_storage().data_ptr(), None)
-            if own is not None:
+            for own in self.storages.pop(target.untyped_storage().data_ptr(), ()):
                 self.overwritten.append((own, own.detach().clone()))
 
     def described(self, x: Any) -> Any:

@@ -8,17 +8,14 @@ are different families, and keeping at least one unit of each never empties a te
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
-from secateurs.graph.elementwise import CREATE
 from secateurs.graph.labels import Axis, BoolArray, Labels, Pin, Pins
 from secateurs.graph.layers import with_layers
-from secateurs.graph.records import Record, Ref
-from secateurs.graph.recurrent import CELLS, GATES
+from secateurs.graph.sites import Owners, hookable_records, sites_of
 from secateurs.types import (
     CostDim,
     CostTerm,
@@ -27,8 +24,6 @@ from secateurs.types import (
     IntArray,
     Kind,
     Member,
-    Role,
-    Site,
     Target,
     WeightTarget,
 )
@@ -80,7 +75,7 @@ def find_targets(labels: Labels, model: nn.Module) -> Found:
         else:
             families.append(family)
     free = pins.of[component] < 0
-    hookable = _hookable(labels, model)
+    hookable = hookable_records(labels, model)
     groups = _groups(labels, hookable, component, families)
     targets: dict[str, Target] = dict(groups)
     embeddings = {labels.axes[i].value for i, k in labels.kinds.items() if k == "embedding"}
@@ -149,14 +144,6 @@ def _order(labels: Labels, component: IntArray) -> IntArray:
     return order
 
 
-@dataclass(frozen=True, eq=False)
-class Owners:
-    """For every component: the family that it belongs to (-1 for none), and its unit there."""
-
-    family: IntArray
-    unit: IntArray
-
-
 def _groups(
     labels: Labels, hookable: set[int], component: IntArray, families: list[IntArray]
 ) -> dict[str, GroupTarget]:
@@ -194,7 +181,7 @@ def _groups(
             kind,
             len(family),
             tuple(members[number]),
-            _sites(labels, hookable, axes[number], component, owners, number),
+            sites_of(labels, hookable, axes[number], component, owners, number),
             "consumers" if nonzero[family].any() else "producers",
         )
     return groups
@@ -249,89 +236,6 @@ def _first_record(labels: Labels, number: int) -> tuple[int, int]:
     last = len(labels.tape.records)
     first = min((r.index for r in labels.makers.get(number, [])), default=last)
     return (0 if number in labels.kinds else 1, first)
-
-
-# -- sites ---------------------------------------------------------------------------------
-
-
-def _hookable(labels: Labels, model: nn.Module) -> set[int]:
-    """Records whose module has the same input and output as the operator: a module without
-    children whose call makes no other operator call than creating tensors and reading sizes."""
-    leaves = {name for name, m in model.named_modules() if name and not list(m.children())}
-    calls: dict[tuple[str, int], list[Record]] = defaultdict(list)
-    for record in labels.tape.records:
-        if record.outputs and record.op not in CREATE:
-            calls[(record.module, record.call)].append(record)
-    return {c[0].index for (module, _), c in calls.items() if module in leaves and len(c) == 1}
-
-
-def _sites(
-    labels: Labels,
-    hookable: set[int],
-    axes: list[int],
-    component: IntArray,
-    owners: Owners,
-    family: int,
-) -> tuple[Site, ...]:
-    """Module inputs and outputs where the units can be hooked.
-
-    A role whose members cannot all be hooked gives sites that are not exact for gates.
-    """
-    calls: dict[Role, list[tuple[Record, int]]] = {
-        "producer": [
-            (r, -1)
-            for i in axes
-            if i in labels.makers and i not in labels.inner
-            for r in labels.makers[i]
-        ],
-        "consumer": [p for i in axes for p in labels.readers.get(i, [])],
-    }
-    sites: list[Site] = []
-    for role, pairs in calls.items():
-
-        def units_of(block: IntArray) -> IntArray:
-            own = component[block]
-            return np.where(owners.family[own] == family, owners.unit[own], -1)
-
-        found, whole = _role_sites(labels, hookable, role, pairs, units_of)
-        sites += found if whole else [replace(s, gate_exact=False) for s in found]
-    return tuple(sites)
-
-
-def _role_sites(
-    labels: Labels,
-    hookable: set[int],
-    role: Role,
-    pairs: list[tuple[Record, int]],
-    units_of: Callable[[IntArray], IntArray],
-) -> tuple[list[Site], bool]:
-    """Sites of one role, and whether they cover all its members exactly."""
-    found: dict[tuple[str, int], Site] = {}
-    whole = True
-    for record, argument in pairs:
-        value = record.outputs[0] if role == "producer" else None
-        if role == "consumer" and argument >= 0 and isinstance(record.args[argument], Ref):
-            value = record.args[argument].id
-        if value is None or record.index not in hookable:
-            whole = False
-            continue
-        whole = whole and not (role == "producer" and record.op in (*GATES, *CELLS))
-        for factor in labels.factors(value):
-            unit = units_of(factor.labels)
-            if len(factor.dims) != 1 or not (unit >= 0).any():
-                continue
-            index = np.flatnonzero(unit >= 0)
-            found[(record.module, record.call)] = Site(
-                module=record.module,
-                call=record.call,
-                side="output" if role == "producer" else "input",
-                position=0,
-                dim=factor.dims[0],
-                index=index,
-                unit=unit[index],
-                role=role,
-            )
-    return list(found.values()), whole
 
 
 # -- exclusions and costs ------------------------------------------------------------------

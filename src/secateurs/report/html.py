@@ -20,7 +20,7 @@ from secateurs.report import words
 from secateurs.report.data import Histogram, Report, TargetRow, plain
 from secateurs.types import Exclusion
 
-__all__ = ["MAX_PANELS", "check_available", "render", "write"]
+__all__ = ["MAX_PANELS", "check_available", "page_engine", "render", "write"]
 
 MAX_PANELS = 24
 """Small plots shown per section; the page says how many there are besides."""
@@ -56,6 +56,20 @@ def write(report: Report, path: str | Path) -> Path:
     return path
 
 
+def page_engine(breaks: str = ".:/") -> Any:
+    """The template engine of all pages; the filter `breakable` lets names break after `breaks`."""
+    import jinja2
+    from markupsafe import Markup
+
+    engine = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    engine.filters["breakable"] = lambda text: Markup(
+        re.sub(f"([{breaks}])", r"\1<wbr>", str(Markup.escape(text)))
+    )
+    return engine
+
+
 def render(report: Report) -> str:
     """The report as a self-contained HTML page.
 
@@ -65,25 +79,18 @@ def render(report: Report) -> str:
         MissingDependencyError: as `check_available`.
     """
     check_available()
-    import jinja2
     from markupsafe import Markup
 
-    room = files("secateurs.report")
-    engine = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    room, engine = files("secateurs.report"), page_engine()
     engine.filters |= {
         name: getattr(words, name) for name in words.__all__ if name not in ("MISSING", "Change")
     }
-    engine.filters["breakable"] = lambda text: Markup(
-        re.sub(r"([.:/])", r"\1<wbr>", str(Markup.escape(text)))
-    )
     template = engine.from_string(room.joinpath("report.html.jinja").read_text("utf-8"))
     plots = {
         name: [p | {"svg": Markup(p["svg"])} for p in panels]
         for name, panels in _plots(report).items()
     }
-    return template.render(
+    page: str = template.render(
         report=report,
         style=Markup(room.joinpath("style.css").read_text("utf-8")),
         plots=plots,
@@ -97,6 +104,7 @@ def render(report: Report) -> str:
         n_scores=len(_scored(report)),
         n_weights=len(_weight_names(report)),
     )
+    return page
 
 
 def _asked(value: Any) -> str:

@@ -7,7 +7,6 @@ Every parameter is a small box in execution order, in the colours of the groups 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from secateurs.errors import MissingDependencyError
 from secateurs.graph.records import refs
 from secateurs.inventory import ADVICE, GroupRow, Inventory, common_module, percent, range_text
+from secateurs.report.html import page_engine
 from secateurs.report.words import sentence, shorten
 from secateurs.types import Graph
 
@@ -62,23 +62,16 @@ def structure_page(graph: Graph, found: Inventory, title: str) -> str:
         MissingDependencyError: as `check_drawable`.
     """
     check_drawable()
-    import jinja2
     from markupsafe import Markup
 
-    room = files("secateurs.report")
-    engine = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    room, engine = files("secateurs.report"), page_engine(breaks=".:/_")
     engine.filters |= {
         "percent": percent, "shorten": shorten, "between": range_text, "sentence": sentence
     }  # fmt: skip
-    engine.filters["breakable"] = lambda text: Markup(
-        re.sub(r"([.:/_])", r"\1<wbr>", str(Markup.escape(text)))
-    )
     shapes = _shapes(graph)
     reasons = list(found.by_reason().items())
     style = "".join(room.joinpath(f).read_text("utf-8") for f in ("style.css", "structure.css"))
-    return engine.from_string(room.joinpath("structure.html.jinja").read_text("utf-8")).render(
+    page: str = engine.from_string(room.joinpath("structure.html.jinja").read_text("utf-8")).render(
         title=title,
         style=Markup(style + _highlights(len(found.groups))),
         found=found,
@@ -94,6 +87,7 @@ def structure_page(graph: Graph, found: Inventory, title: str) -> str:
         max_names=MAX_NAMES,
         advice=ADVICE,
     )
+    return page
 
 
 def _shapes(graph: Graph) -> Shapes:

@@ -33,7 +33,7 @@ def disagreement(model: nn.Module, small: nn.Module, plan: Plan, example_inputs:
     """The first operator call of `small` that is not the cut call of `model`; "" if all are.
 
     Args:
-        model: the dense model.
+        model: the masked dense model, so that what depends on values goes the same way.
         small: the same code over sliced tensors.
         plan: what was removed.
         example_inputs: what to run.

@@ -1,8 +1,9 @@
 """`shrink`: the smaller model, in the user's own class where that is provably the same function.
 
 Two forms. "module": a copy of the user's module with sliced tensors and corrected size attributes;
-accepted only if it equals the masked model numerically. "graph": the captured operators with
-rewritten sizes, which also works when the Python code has sizes written into it. Both are verified.
+accepted only if it equals the masked model numerically and call by call. "graph": the captured
+operators with rewritten sizes, which also works when the Python code has sizes written into it.
+Both are verified.
 """
 
 from __future__ import annotations
@@ -168,8 +169,11 @@ def _plain(
                 small = own
                 plain = _without_dense(attributes)
                 info = replace(info, form="module", attributes=plain, notes=())
-        except Exception:  # as before: the graph form it is
-            pass
+            else:
+                info = replace(info, notes=(*info.notes, "plain norms do not change that"))
+        except Exception as error:  # the user's forward on smaller tensors: anything can come
+            why = f"plain norms do not change that: {type(error).__name__}: {error}"
+            info = replace(info, notes=(*info.notes, why))
     setattr(small, INFO, replace(info, notes=(*info.notes, settled.text())))
     return small
 
@@ -242,7 +246,7 @@ def _module_form(
     found, _ = compare(model, masked, small, plan, example_inputs)
     if not found.comparable or not found.ok:
         raise SoundnessError(found.text())
-    whole, idle = without_layers(model, plan, attributes, example_inputs)
+    whole, idle = without_layers(masked, plan, attributes, example_inputs)
     if why := disagreement(whole, small, plan, example_inputs):
         raise SoundnessError(f"equal on these inputs by chance: {why}")
     notes = idle + train_note(masked, small, example_inputs, plan.outputs)
@@ -265,9 +269,9 @@ def _graph_form(
     found = verify(model, small, plan, example_inputs, captures=captures)
     if not found.comparable:
         notes = (*notes, found.text())
-    else:
-        sizes = input_sizes(masked, small, captures, plan.outputs)
-        small.secateurs_captured = replace(small.secateurs_captured, sizes=sizes)
+    sizes = input_sizes(masked, small, captures, plan.outputs)
+    small.secateurs_captured = replace(small.secateurs_captured, sizes=sizes)
+    if found.comparable:
         notes += other_sizes(masked, small, captures, plan.outputs)
     notes += fixed_sizes(captures.graphs["eval"], example_inputs)
     notes += small.secateurs_captured.notes
