@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import secateurs as sc
-from secateurs.errors import CaptureError, FileFormatError, SoundnessError
+from secateurs.errors import CaptureError, ConfigError, FileFormatError, SoundnessError
 from secateurs.surgery.graph_form import Captures, PrunedGraph, graph_form
 from secateurs.surgery.lockstep import first_fault
 from secateurs.surgery.shrinking import info_of
@@ -200,3 +200,10 @@ def test_named_outputs_are_compared_and_others_may_shrink() -> None:
         sc.verify(net, small, plan, rows())
     with pytest.raises(CaptureError):
         Captures.of(net, sequence())
+
+
+def test_a_lockstep_of_a_module_form_is_refused(made: Made) -> None:
+    net, plan, _, _ = made
+    small = sc.shrink(net, plan, rows(), form="module")
+    with pytest.raises(ConfigError, match="compares the nodes of a graph form, and this is a"):
+        sc.verify(net, small, plan, rows(), lockstep=True)

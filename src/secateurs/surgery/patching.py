@@ -2,7 +2,7 @@
 
 Modules that hold sliced projections as direct children, and an integer attribute of one of the
 names below, get it scaled by what is left of their first projection. That is a guess about the
-user's code: the result counts only if it equals the masked model numerically.
+user's code: the result counts only if it equals the masked model numerically and call by call.
 """
 
 from __future__ import annotations

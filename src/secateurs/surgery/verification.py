@@ -25,7 +25,7 @@ from secateurs.batches import (
     preserve,
     tensors,
 )
-from secateurs.errors import CaptureError, PruningError, SoundnessError
+from secateurs.errors import CaptureError, ConfigError, PruningError, SoundnessError
 from secateurs.graph.tape import record_run
 from secateurs.masks import apply_masks_, named_tensors
 from secateurs.surgery.comparing import relative_error
@@ -149,14 +149,20 @@ def verify(
         plan: what was removed.
         example_inputs: what to run.
         strict: raise when they differ; else only report.
-        lockstep: compare every node of a graph form, even if the outputs are equal.
+        lockstep: compare every node, even if the outputs are equal; `small` must be a graph form.
         captures: of this model, to save capturing it once more for the lockstep.
 
     Raises:
         SoundnessError: outputs differ by more than the tolerance, or in structure or shape.
-        CaptureError: a model refuses the inputs.
+        CaptureError: a model refuses the inputs, or cannot be captured for the lockstep.
+        ConfigError: a lockstep of something else than a graph form.
     """
     graph = small if isinstance(small, PrunedGraph) else None
+    if lockstep and graph is None:
+        raise ConfigError(
+            f"lockstep compares the nodes of a graph form, and this is a {type(small).__name__}; "
+            'shrink with form="graph"'
+        )
     try:
         outcome, why = compare(model, masked_copy(model, plan), small, plan, example_inputs)
     except PruningError as error:
@@ -164,7 +170,11 @@ def verify(
         if not fault:
             raise
         raise SoundnessError(f"{error}. {fault}") from error
-    if graph is not None and (lockstep or not outcome.ok):
+    if lockstep and graph is not None:
+        captures = captures or Captures.of(copied(model), example_inputs)
+        found = first_fault(captures, plan, graph, example_inputs)
+        outcome = replace(outcome, fault=found.text() if found is not None else "")
+    elif graph is not None and not outcome.ok:
         fault = _fault(model, graph, plan, example_inputs, captures)
         outcome = replace(outcome, fault=fault)
     if strict and (not outcome.ok or outcome.fault):
@@ -175,7 +185,8 @@ def verify(
 def _fault(
     model: nn.Module, small: PrunedGraph, plan: Plan, inputs: Inputs, captures: Captures | None
 ) -> str:
-    """The first node at fault, as a sentence; empty if there is none or no lockstep."""
+    """The first node at fault, to explain a difference that is reported anyway; empty if none can
+    be told."""
     try:
         captures = captures or Captures.of(copied(model), inputs)
         found = first_fault(captures, plan, small, inputs)
