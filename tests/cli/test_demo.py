@@ -19,6 +19,7 @@ from secateurs.report.data import Report
 from secateurs.report.words import change, quantity
 from secateurs.surgery.files import load
 from secateurs.tasks import dense_checkpoint, get_task
+from tests.cli.signals import hears_ctrl_c
 
 COMMAND = [sys.executable, "-c", "from secateurs.cli import main; main()", "demo"]
 
@@ -86,12 +87,13 @@ def test_ctrl_c_ends_the_demo_and_its_workers(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hears_ctrl_c,
     ) as process:
         while not list((tmp_path / "cache").glob("*.safetensors")):  # the workers are training
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert out == ""
     assert "Traceback" not in err

@@ -17,6 +17,7 @@ import pytest
 from secateurs import cli
 from secateurs.report.data import Report
 from secateurs.tasks import TASKS, Source
+from tests.cli.signals import hears_ctrl_c
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -283,13 +284,14 @@ def test_ctrl_c_ends_with_one_message(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN.replace(":read", ":waits"))
     command = [sys.executable, "-c", "from secateurs.cli import main; main()", "run", "own.yaml"]
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=hears_ctrl_c,
+    ) as process:  # fmt: skip
         assert process.stderr is not None
         while (line := process.stderr.readline()) and "ready" not in line:
             pass
         os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert out == ""
     assert err.strip() == "secateurs: interrupted"

@@ -6,9 +6,7 @@ import json
 import math
 import os
 import signal
-import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -85,17 +83,12 @@ def _controls(step: Any) -> tuple[ControlRow, ...]:
     found: dict[tuple[str, int], tuple[float, float]] = {}
     total = len(SEEDS) + len(jobs)
     spawn = get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_quietly) as pool:
-            for n, _ in enumerate(pool.map(_train, SEEDS), start=1):
-                step("train the dense network, 3 seeds", n, total)
-            pairs = zip(jobs, pool.map(_prune, jobs), strict=True)
-            for n, (job, pair) in enumerate(pairs, start=1):
-                found[job] = pair
-                step("prune by taylor, magnitude, random", len(SEEDS) + n, total)
-    except BrokenProcessPool:
-        time.sleep(1)  # Ctrl-C ends the workers: our own share of it may still be on its way
-        raise
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_quietly) as pool:
+        for n, _ in enumerate(pool.map(_train, SEEDS), start=1):
+            step("train the dense network, 3 seeds", n, total)
+        for n, (job, pair) in enumerate(zip(jobs, pool.map(_prune, jobs), strict=True), start=1):
+            found[job] = pair
+            step("prune by taylor, magnitude, random", len(SEEDS) + n, total)
     return tuple(control_row(c, {s: found[(c, s)] for s in SEEDS}) for c in CRITERIA)
 
 
