@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from secateurs.criteria import CRITERIA
 from secateurs.graph import trace
 from secateurs.report import environment
-from secateurs.scoring import score, score_many
+from secateurs.scoring import score
 from secateurs.tasks import dense_checkpoint, get_task
 
 OUT = Path(__file__).resolve().parent / "results" / "oracle.json"
@@ -39,8 +39,8 @@ def correlations(name: str, seed: int) -> dict[str, float]:
     )
     names = [c for c in CRITERIA if c != "finite_difference"]
     specs: list[Any] = [*names, {"name": "directional", "of": "output"}]
-    scores = score_many(
-        model, data.calibration, task.loss_fn, criteria=specs, graph=graph, max_seconds=600
+    scores = score(
+        model, data.calibration, task.loss_fn, criterion=specs, graph=graph, max_seconds=600
     )
     exact = torch.cat([oracle.values[t] for t in oracle.values]).abs()
     found = {}

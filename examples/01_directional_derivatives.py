@@ -27,7 +27,7 @@ from torch.func import functional_call, jvp
 
 import secateurs as sc
 from secateurs.criteria import Criterion, get_criterion
-from secateurs.scoring import score_many
+from secateurs.scoring import score
 from secateurs.tasks import dense_checkpoint, get_task
 from secateurs.types import Batch, Graph, Scores
 
@@ -77,7 +77,7 @@ def measured(
 ) -> dict[str, Tensor]:
     """(n,) values of every criterion, all from one call."""
     loss_fn = nn.functional.cross_entropy
-    scores = score_many(model, [batch], loss_fn, criteria=criteria, graph=graph)
+    scores = score(model, [batch], loss_fn, criterion=criteria, graph=graph)
     return {label: all_neurons(s) for label, s in scores.items()}
 
 

@@ -17,18 +17,19 @@ from secateurs.criteria import Criterion, criterion, get_criterion
 from secateurs.criteria.registry import CRITERIA
 from secateurs.errors import ConfigError, DataError, ScoringError
 from secateurs.graph import trace
-from secateurs.scoring import score, score_many
+from secateurs.scoring import score
 from secateurs.statistics import removal_role
-from secateurs.types import Graph, GroupTarget, Plan, WeightTarget
+from secateurs.types import Graph, GroupTarget, Plan, Scores, WeightTarget
 from tests.graphs import CASES, Case, bare_norm, build, conv, data, linear, lstm, mlp, residual
 
 PER_CASE = pytest.mark.parametrize("name", CASES)
 
 
 def run(case: Case, criterion: Any, **options: Any) -> Mapping[str, Tensor]:
-    return score(
+    found: Scores = score(
         case.model, case.batches, case.loss_fn, criterion=criterion, graph=case.graph, **options
-    ).values
+    )
+    return found.values
 
 
 def whole(case: Case) -> tuple[Tensor, Tensor]:
@@ -412,11 +413,11 @@ def test_taylor_ranks_units_as_leaving_them_out_does(capsys: pytest.CaptureFixtu
     case = trained()
     torch.set_grad_enabled(True)
     names = ["taylor", "directional", "magnitude", "activation_mean", "random"]
-    found = score_many(
+    found = score(
         case.model,
         case.batches,
         case.loss_fn,
-        criteria=["finite_difference", *names],
+        criterion=["finite_difference", *names],
         graph=case.graph,
     )
     truth = found["finite_difference"].values["0:neuron"].abs()
@@ -467,9 +468,9 @@ def test_requests_that_are_refused(arguments: dict[str, Any], message: str) -> N
 def test_labels_must_differ() -> None:
     case = mlp()
     with pytest.raises(ConfigError, match="given twice: magnitude"):
-        score_many(case.model, criteria=["magnitude", {"name": "magnitude"}], graph=case.graph)
+        score(case.model, criterion=["magnitude", {"name": "magnitude"}], graph=case.graph)
     with pytest.raises(ConfigError, match="no criterion"):
-        score_many(case.model, criteria=[], graph=case.graph)
+        score(case.model, criterion=[], graph=case.graph)
 
 
 def test_without_labels_and_loss() -> None:
@@ -559,7 +560,8 @@ def root(outputs: Tensor, _: Tensor) -> Tensor:
     ("criterion", "message"),
     [
         ("taylor", "batch 0: the gradient at 0:neuron is not finite"),
-        ("directional", "batch 0: the gradient of 0.weight is not finite"),
+        ("directional", "batch 0: the gradient at 0:neuron is not finite"),
+        ("gradient", "batch 0: the gradient of 2.bias is not finite"),
         ({"name": "taylor", "members": "all"}, "batch 0, sample 0: the gradient of 0.weight"),
     ],
 )
@@ -595,7 +597,7 @@ def test_a_parameter_without_gradient_is_noted() -> None:
                    "net.0.weight": WeightTarget("net.0.weight", (6, 4))})  # fmt: skip
     found = score(extra, case.batches, case.loss_fn, criterion="gradient", graph=graph,
                   granularity="weight")  # fmt: skip
-    assert found.notes == ("idle.weight: no gradient arrives, counted as 0",)
+    assert found.notes == ("idle.weight: no gradient arrives in any batch, counted as 0",)
     assert found.values["idle.weight"].tolist() == [0, 0, 0, 0]
 
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from secateurs.pipeline import prune_stages as prune_stages
     from secateurs.schedules import Schedule as Schedule
     from secateurs.scoring import score as score
-    from secateurs.scoring import score_many as score_many
     from secateurs.selection import select as select
     from secateurs.surgery import load as load
     from secateurs.surgery import save as save
@@ -63,7 +62,6 @@ _ROOMS = {
     "Stage": "pipeline",
     "Schedule": "schedules",
     "score": "scoring",
-    "score_many": "scoring",
     "select": "selection",
     "load": "surgery",
     "save": "surgery",

@@ -4,30 +4,75 @@
 
 A criterion says which statistics it needs and in which order they are reduced; this room computes
 each statistic once for all criteria that need it. A batch costs one forward and backward pass,
-whatever the number of criteria, plus one pass for each sample where a per-sample gradient cannot
-be had from hooks, plus one pass for each unit for finite differences. The model comes back as it
-was: weights, gradients, buffers, modes, random state and hooks.
+whatever the number of criteria; what costs more (a second derivative, a run for every unit) says
+so in the registry. The model comes back as it was: weights, gradients, buffers, modes, random state
+and hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateurs.bars import bar
 from secateurs.batches import check_batches, in_mode, iterate, model_device, preserve
 from secateurs.criteria import Criterion, get_criterion
-from secateurs.errors import ConfigError, ScoringError
-from secateurs.statistics import Job, Pass, check_fits, make_job
-from secateurs.types import Batches, Graph, LossFn, Plan, Scores, Target, WeightTarget
+from secateurs.errors import ConfigError, ScoringError, choose
+from secateurs.statistics import Job, Pass, Run, Setting, Sums, check_fits, make_job
+from secateurs.statistics.partial import fingerprint, read_partial, write_partial
+from secateurs.types import Batch, Batches, Graph, LossFn, Plan, Scores, Target, WeightTarget
 
-__all__ = ["score", "score_many"]
+__all__ = ["score"]
 
 Progress = Callable[[int, int | None], None]
 CriterionLike = str | Mapping[str, Any] | Criterion
+SAVE_EVERY = 30.0
+"""Seconds between two writings of an unfinished pass."""
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `score` beside the criterion."""
+
+    graph: Graph | None
+    granularity: str | Iterable[str]
+    previous: Plan | None
+    max_batches: int | None
+    sample_batches: int | None
+    mode: Literal["eval", "train"]
+    seed: int
+    progress: Progress | bool
+    max_seconds: float
+    resume: str | Path | None
+
+
+@overload  # a text is a sequence of texts, but the first that fits is taken
+def score(  # type: ignore[overload-overlap]
+    model: nn.Module,
+    batches: Batches | None = None,
+    loss_fn: LossFn | None = None,
+    *,
+    criterion: CriterionLike = "taylor",
+    **options: Unpack[Options],
+) -> Scores: ...
+
+
+@overload
+def score(
+    model: nn.Module,
+    batches: Batches | None = None,
+    loss_fn: LossFn | None = None,
+    *,
+    criterion: Sequence[CriterionLike],
+    **options: Unpack[Options],
+) -> dict[str, Scores]: ...
 
 
 def score(
@@ -35,32 +80,44 @@ def score(
     batches: Batches | None = None,
     loss_fn: LossFn | None = None,
     *,
-    criterion: CriterionLike = "taylor",
+    criterion: CriterionLike | Sequence[CriterionLike] = "taylor",
     graph: Graph | None = None,
     granularity: str | Iterable[str] = "structured",
     previous: Plan | None = None,
     max_batches: int | None = None,
+    sample_batches: int | None = None,
+    mode: Literal["eval", "train"] = "eval",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool = False,
     max_seconds: float = 3600.0,
-) -> Scores:
+    resume: str | Path | None = None,
+) -> Scores | dict[str, Scores]:
     """Scores of every unit: larger = keep.
 
     Args:
         model: scored in eval mode and left exactly as it was.
         batches: re-iterable of `(inputs, targets)`; not needed by criteria that see weights only.
         loss_fn: `loss_fn(outputs, targets)`, the mean over the samples.
-        criterion: a name, a mapping with options, or a `Criterion`.
+        criterion: a name, a mapping with options, or a `Criterion`; or a list of these, which
+            share one pass over the batches.
         graph: from `trace`; None traces the model on the inputs of the first batch.
         granularity: kinds of units, or "structured".
         previous: units that it removed score `-inf`.
         max_batches: use at most that many batches.
+        sample_batches: use that many batches, drawn at random by the seed, instead of all.
+        mode: "eval", or "train" for a model whose training behaviour is meant: batch norm then
+            takes the statistics of the batch (its running ones do not move), dropout drops.
         seed: of models that draw random numbers, and of random criteria.
-        progress: called with (batches done, batches in all or None).
+        progress: True for a bar with the time left, or called with (batches done, all or None).
         max_seconds: criteria that run the model for every unit refuse to take longer.
+        resume: a file for the unfinished pass. If it exists, the pass goes on from there, and gives
+            what an uninterrupted one gives; it is removed when the pass is complete. The batches
+            must come in the same order.
 
     Returns:
-        `Scores` with one (n_units,) float32 tensor for each target.
+        `Scores` with one (n_units,) float32 tensor for each target; for a list of criteria
+        {label: Scores}, where the label is the name with the options that differ from the
+        defaults, for example `"finite_difference(step=0.5)"`.
 
     Raises:
         ConfigError: an unknown option, missing batches or loss, or nothing that can be scored.
@@ -74,70 +131,118 @@ def score(
         >>> graph = Graph({"weight": WeightTarget("weight", (1, 2))})
         >>> score(net, graph=graph, criterion="magnitude", granularity="weight").values["weight"]
         tensor([3., 4.])
+        >>> list(score(net, graph=graph, criterion=["magnitude", "random"], granularity="weight"))
+        ['magnitude', 'random']
     """
-    chosen = get_criterion(criterion)
-    return score_many(
-        model,
-        batches,
-        loss_fn,
-        criteria=[chosen],
-        graph=graph,
-        granularity=granularity,
-        previous=previous,
-        max_batches=max_batches,
-        seed=seed,
-        progress=progress,
-        max_seconds=max_seconds,
-    )[chosen.label]
-
-
-def score_many(
-    model: nn.Module,
-    batches: Batches | None = None,
-    loss_fn: LossFn | None = None,
-    *,
-    criteria: Iterable[CriterionLike],
-    graph: Graph | None = None,
-    granularity: str | Iterable[str] = "structured",
-    previous: Plan | None = None,
-    max_batches: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    max_seconds: float = 3600.0,
-) -> dict[str, Scores]:
-    """Scores by several criteria from one pass over the batches: label of the criterion -> scores.
-
-    The label is the name with the options that differ from the defaults, for example
-    `"finite_difference(step=0.5)"`. Arguments and errors are those of `score`.
-    """
-    chosen = [get_criterion(c) for c in criteria]
-    _check_request(chosen, batches, loss_fn, max_batches)
-    if batches is not None and any(c.needs_data for c in chosen):
-        check_batches(model, batches, loss_fn if any(c.needs_loss for c in chosen) else None)
+    alone = isinstance(criterion, (str, Mapping, Criterion))
+    asked: Any = [criterion] if alone else criterion
+    chosen = [get_criterion(c) for c in asked]
+    _check_request(chosen, batches, loss_fn, max_batches, sample_batches)
+    choose(mode, ["eval", "train"], "mode")
+    data = batches if any(c.needs_data for c in chosen) else None
+    if data is not None:
+        check_batches(model, data, loss_fn if any(c.needs_loss for c in chosen) else None)
     found = graph if graph is not None else _trace(model, batches)
     targets = found.select(granularity)
     params = check_fits(model, targets)
-    jobs = [make_job(c, targets, params, granularity) for c in chosen]
-    total = _n_batches(batches, max_batches)
+    jobs = [make_job(c, targets, model, params, granularity) for c in chosen]
+    chosen_batches = _Chosen(data, model, max_batches, sample_batches, seed)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(preserve(model))
-        stack.enter_context(in_mode(model, training=False))
+        stack.enter_context(in_mode(model, training=mode == "train"))
         stack.enter_context(_only_these_gradients(model))
         stack.enter_context(_differentiable_kernels(model))
         torch.manual_seed(seed)
-        run = Pass(model, params, jobs, loss_fn, _alive(targets, previous))
-        run.open_removals(max_seconds, total or 1)
-        if any(job.criterion.needs_data for job in jobs):
-            assert batches is not None
-            for i, batch in enumerate(iterate(batches, model_device(model), max_batches)):
-                run.batch(i, batch)
+        alive = _alive(targets, previous)
+        setting = Setting(
+            model, params, loss_fn, found, alive, seed, chosen_batches.total or 1, max_seconds
+        )
+        first = None if data is None else Run(0, next(iter(chosen_batches))[1])
+        run = Pass(setting, jobs, first, Sums())
+        if data is not None:
+            marks = fingerprint(
+                jobs, run, first.batch if first else None,
+                batches=[max_batches, sample_batches, chosen_batches.total], mode=mode,
+            ) if resume is not None else ""  # fmt: skip
+            _stream(run, chosen_batches, _shown(stack, progress), resume, marks)
+        scores = {job.criterion.label: _scores(found, job, run, targets, previous) for job in jobs}
+    return next(iter(scores.values())) if alone else scores
+
+
+class _Chosen:
+    """The batches that are used, with their numbers; re-iterable."""
+
+    def __init__(
+        self,
+        batches: Batches | None,
+        model: nn.Module,
+        max_batches: int | None,
+        sample_batches: int | None,
+        seed: int,
+    ) -> None:
+        self._batches, self._device = batches, model_device(model)
+        known = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+        self._only: frozenset[int] | None = None
+        self._first = max_batches
+        if sample_batches is None:
+            self.total = max_batches if known is None else min(known, max_batches or known)
+            return
+        if known is None:
+            raise ConfigError(
+                "sample_batches draws from batches with a length; these have none: use max_batches"
+            )
+        drawn = np.random.default_rng(seed).permutation(known)[:sample_batches]
+        self._only, self.total = frozenset(drawn.tolist()), len(drawn)
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        assert self._batches is not None
+        for i, batch in enumerate(iterate(self._batches, self._device, self._first)):
+            if self._only is None or i in self._only:
+                yield i, batch
+
+
+def _stream(
+    run: Pass,
+    batches: _Chosen,
+    progress: Progress | None,
+    resume: str | Path | None,
+    marks: str,
+) -> None:
+    """All batches, as often as needed; an unfinished pass is kept in the file `resume`."""
+    path = None if resume is None else Path(resume)
+    turn, skip = read_partial(path, run, marks) if path is not None and path.exists() else (0, 0)
+    total = None if batches.total is None else batches.total * run.turns
+    begun, saved, written = turn * (batches.total or 0), time.monotonic(), (turn, skip)
+    done = (turn, skip)
+    try:
+        for now in range(turn, run.turns):
+            for count, (number, batch) in enumerate(islice(batches, skip, None), start=skip + 1):
+                run.batch(now, Run(number, batch))
+                done = (now, count)
                 if progress is not None:
-                    progress(i + 1, total)
-        run.finish()
-        return {
-            job.criterion.label: _scores(found, job, run, targets, previous, seed) for job in jobs
-        }
+                    progress(begun + count, total)
+                if path is not None and time.monotonic() - saved > SAVE_EVERY:
+                    write_partial(path, run, done, marks)
+                    saved, written = time.monotonic(), done
+            begun, skip = begun + (batches.total or 0), 0
+            done = (now + 1, 0)
+    except BaseException:
+        if path is not None and done != written:
+            write_partial(path, run, done, marks)
+        raise
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
+def _shown(stack: ExitStack, progress: Progress | bool) -> Progress | None:
+    """The callback that was given, or one that moves a bar."""
+    if not isinstance(progress, bool):
+        return progress
+    if not progress:
+        return None
+    step = stack.enter_context(bar("score"))
+    return lambda done, total: step("batches", done, total or 0)
 
 
 def _check_request(
@@ -145,6 +250,7 @@ def _check_request(
     batches: Batches | None,
     loss_fn: LossFn | None,
     max_batches: int | None,
+    sample_batches: int | None,
 ) -> None:
     labels = [c.label for c in chosen]
     twice = sorted({label for label in labels if labels.count(label) > 1})
@@ -152,8 +258,11 @@ def _check_request(
         raise ConfigError(
             f"criteria given twice: {', '.join(twice)}" if twice else "no criterion is given"
         )
-    if max_batches is not None and max_batches < 1:
-        raise ConfigError(f"max_batches must be at least 1, got {max_batches}")
+    for name, number in (("max_batches", max_batches), ("sample_batches", sample_batches)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be at least 1, got {number}")
+    if max_batches is not None and sample_batches is not None:
+        raise ConfigError("give max_batches (the first ones) or sample_batches (random ones)")
     for c in chosen:
         missing = [
             name
@@ -178,14 +287,6 @@ def _trace(model: nn.Module, batches: Batches | None) -> Graph:
 
     inputs, _ = next(iter(iterate(batches, model_device(model), max_batches=1)))
     return trace(model, inputs)
-
-
-def _n_batches(batches: Batches | None, max_batches: int | None) -> int | None:
-    try:
-        known = len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return max_batches
-    return known if max_batches is None else min(known, max_batches)
 
 
 def _only_these_gradients(model: nn.Module) -> ExitStack:
@@ -228,12 +329,11 @@ def _scores(
     run: Pass,
     targets: Sequence[Target],
     previous: Plan | None,
-    seed: int,
 ) -> Scores:
     """The scores of one criterion, with removed units at -inf."""
     values = {}
     for target in job.targets:
-        finished = run.result(job, target, seed).to(torch.float32)
+        finished = run.result(job, target).to(torch.float32)
         if not torch.isfinite(finished).all():
             unit = int((~torch.isfinite(finished)).nonzero()[0, 0])
             raise ScoringError(
@@ -241,7 +341,7 @@ def _scores(
                 f"{finished[unit].item()}; check the weights of that target"
             )
         gone = torch.full_like(finished, float("-inf"))
-        alive = run.alive[target.name]
+        alive = run.setting.alive[target.name]
         gone[alive] = finished[alive]
         values[target.name] = gone
     return Scores(

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from secateurs.errors import ConfigError, choose
-from secateurs.types import STRUCTURED, Kind
+from secateurs.types import KINDS, Kind
 
 __all__ = [
     "CRITERIA",
@@ -44,40 +44,58 @@ FINISH: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+Cost = Literal["free", "forward", "backward", "second order", "training", "per unit"]
+
+
 @dataclass(frozen=True)
 class Statistic:
     """What a criterion may need.
 
     Attributes:
-        level: "element" (one value per parameter element) or "unit" (one per unit).
-        data: whether batches are needed.
+        level: "element" (a value for each parameter element) or "unit" (one for each unit).
+        cost: what a batch costs: nothing, a forward pass, forward and backward, a second
+            derivative, a training step, or a run of the model for every unit.
         loss: whether the loss is needed; "option" when the option `of="loss"` decides.
         weight: whether it exists for single weights.
         summary: one sentence for the docs.
+        options: names of criterion options that shape it; criteria that agree on them share it.
     """
 
     level: Literal["element", "unit"]
-    data: bool
+    cost: Cost
     loss: bool | Literal["option"]
     weight: bool
     summary: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> bool:
+        """Whether batches are needed."""
+        return self.cost != "free"
 
 
-STATISTICS: Mapping[str, Statistic] = {
-    "weight": Statistic("element", False, False, True, "the parameter itself"),
-    "grad": Statistic("element", True, True, True, "dL/dw"),
+STATISTICS: dict[str, Statistic] = {
+    "weight": Statistic("element", "free", False, True, "the parameter itself"),
+    "grad": Statistic("element", "backward", True, True, "dL/dw"),
     "gate": Statistic(
-        "element", True, True, True, "w dL/dw: the derivative of the loss to scaling by a gate at 1"
+        "element", "backward", True, True,
+        "w dL/dw: the derivative of the loss to scaling by a gate at 1",
     ),
-    "act": Statistic("unit", True, False, False, "mean |activation| over samples and positions"),
+    "act": Statistic(
+        "unit", "forward", False, False, "mean |activation| over samples and positions"
+    ),
     "ablation": Statistic(
-        "unit", True, "option", True, "(f(theta + t v) - f(theta)) / t, v = minus the unit"
+        "unit", "per unit", "option", True, "(f(theta + t v) - f(theta)) / t, v = minus the unit",
+        options=("step", "of"),
     ),
     "jvp_output": Statistic(
-        "unit", True, False, True, "mean over samples of ||J v||_2, v = minus the unit"
+        "unit", "per unit", False, True, "mean over samples of ||J v||_2, v = minus the unit"
     ),
-    "noise": Statistic("unit", False, False, True, "seeded uniform noise in [0, 1)"),
-}
+    "noise": Statistic(
+        "unit", "free", False, True, "seeded uniform noise in [0, 1)", options=("seed",)
+    ),
+}  # fmt: skip
+"""Statistic -> what it is. `secateurs.statistics.COLLECTORS` says who collects it."""
 
 REDUCTIONS: Mapping[str, tuple[str, ...]] = {
     "finish": ("none", "abs", "square", "sqrt"),
@@ -104,10 +122,13 @@ class Criterion:
             sample, then averaged. Only gradients know the last two.
         members: which members of a structural unit are summed. "producers", "consumers", "all";
             "removal": the outermost producers or the consumers, whichever alone remove the unit.
-        granularities: "any", "structured" or "weight".
+        granularities: "any", "structured" (all but weight), or kinds such as ("channel",).
         formula: of the finished score, in plain text.
         reference: arXiv id, or where it comes from.
         summary: one sentence.
+        words: what it means, in plain words.
+        use: when to use it.
+        avoid: when not to.
         options: effective value of each option.
         allowed: option -> its choices, or (low, high) inclusive for a number.
         variants: "option=value" -> fields that this choice replaces.
@@ -121,10 +142,13 @@ class Criterion:
     finish_on: Literal["element", "unit"] = "unit"
     average: Literal["dataset", "batch", "sample"] = "dataset"
     members: Literal["producers", "removal", "consumers", "all"] = "producers"
-    granularities: Literal["any", "structured", "weight"] = "any"
+    granularities: Literal["any", "structured"] | tuple[Kind, ...] = "any"
     formula: str = ""
     reference: str = ""
     summary: str = ""
+    words: str = ""
+    use: str = ""
+    avoid: str = ""
     options: Mapping[str, Option] = field(default_factory=dict)
     allowed: Mapping[str, tuple[Option, ...]] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -136,7 +160,11 @@ class Criterion:
             choose(need, STATISTICS, f"statistic of {where}")
         for name, choices in REDUCTIONS.items():
             choose(getattr(self, name), choices, f"{name} of {where}")
-        choose(self.granularities, ["any", "structured", "weight"], f"granularities of {where}")
+        if isinstance(self.granularities, str):
+            choose(self.granularities, ["any", "structured"], f"granularities of {where}")
+        else:
+            for kind in self.granularities:
+                choose(kind, KINDS, f"granularities of {where}")
         if len({STATISTICS[need].level for need in self.needs}) != 1:
             raise ConfigError(
                 f"{where} needs {', '.join(sorted(self.needs)) or 'nothing'}: name at least one "
@@ -168,12 +196,23 @@ class Criterion:
         asked = {STATISTICS[need].loss for need in self.needs}
         return True in asked or ("option" in asked and self.options.get("of") == "loss")
 
+    @property
+    def cost(self) -> Cost:
+        """The dearest of what it needs."""
+        order = get_args(Cost)
+        return max((STATISTICS[need].cost for need in self.needs), key=order.index)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of units that it can score."""
+        if not isinstance(self.granularities, str):
+            return self.granularities
+        weight = self.granularities == "any" and all(STATISTICS[n].weight for n in self.needs)
+        return tuple(k for k in KINDS if weight or k != "weight")
+
     def covers(self, kind: Kind) -> bool:
         """Whether targets of that kind can be scored at all."""
-        if kind == "weight":
-            known = all(STATISTICS[need].weight for need in self.needs)
-            return known and self.granularities != "structured"
-        return self.granularities != "weight" and kind in STRUCTURED | {"embedding", "layer"}
+        return kind in self.kinds
 
 
 def _check_option(
@@ -199,7 +238,9 @@ def criterion(
 ) -> Callable[[Callable[[Stats], Tensor]], Callable[[Stats], Tensor]]:
     """Register a function as the criterion `name`; other keywords are fields of `Criterion`.
 
-    The first line of the docstring becomes the summary.
+    The docstring is the documentation: its first line becomes the summary, a paragraph that begins
+    with "Use it" says when to, one that begins with "Avoid it" when not to, and the others are the
+    words between.
 
     Raises:
         ConfigError: the name is taken, or a field is out of range.
@@ -208,18 +249,23 @@ def criterion(
     def register(fn: Callable[[Stats], Tensor]) -> Callable[[Stats], Tensor]:
         if name in CRITERIA:
             raise ConfigError(f"criterion {name!r} is already registered; choose another name")
-        summary = (fn.__doc__ or "").strip().partition("\n")[0]
         CRITERIA[name] = Criterion(
-            name=name,
-            fn=fn,
-            needs=frozenset(needs),
-            family=family,
-            summary=fields.pop("summary", summary),
-            **fields,
+            name=name, fn=fn, needs=frozenset(needs), family=family, **{**_said(fn), **fields}
         )
         return fn
 
     return register
+
+
+def _said(fn: Callable[[Stats], Tensor]) -> dict[str, str]:
+    """What the docstring of a criterion says: summary, words, use, avoid."""
+    paragraphs = [" ".join(p.split()) for p in (fn.__doc__ or "").split("\n\n")]
+    found = {"summary": paragraphs[0], "words": "", "use": "", "avoid": ""}
+    for text in paragraphs[1:]:
+        starts = {"Use it": "use", "Avoid it": "avoid"}
+        key = next((k for begin, k in starts.items() if text.startswith(begin)), "words")
+        found[key] = f"{found[key]} {text}".strip()
+    return found
 
 
 def get_criterion(

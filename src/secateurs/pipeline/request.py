@@ -130,7 +130,8 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
             f"it has {', '.join(found) or 'no prunable part'}{'. ' * bool(reasons)}{reasons}"
         )
     criterion = get_criterion(stage.criterion)
-    job = make_job(criterion, targets, check_fits(model, targets), stage.granularity)
+    params = check_fits(model, targets)
+    job = make_job(criterion, targets, model, params, stage.granularity)
     if stage.budget is None:
         return
     blank = {t.name: torch.zeros(t.n_units) for t in job.targets}

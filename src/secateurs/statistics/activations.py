@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateurs.errors import ScoringError
-from secateurs.statistics.gates import Key, key_of, site_values
-from secateurs.types import GroupTarget, Site
+from secateurs.statistics.collector import Collector, Request, Run, Setting, register_statistic
+from secateurs.statistics.hooks import Key, into_site_units, key_of, site_index, site_values
+from secateurs.statistics.sums import View
+from secateurs.statistics.units import Parameters
+from secateurs.types import GroupTarget, Site, Target
 
-__all__ = ["Activations", "activation_sites"]
+__all__ = ["Activations", "activation_sites", "check_finite", "unreached"]
 
 
 def activation_sites(target: GroupTarget) -> tuple[Site, ...]:
@@ -22,53 +24,73 @@ def activation_sites(target: GroupTarget) -> tuple[Site, ...]:
     return read or target.sites
 
 
-class Activations:
+def check_finite(value: Tensor, key: Key, batch: int) -> None:
+    """Refuse an activation, or a sum of it, that is not finite.
+
+    Raises:
+        ScoringError: it names the batch and the module.
+    """
+    if not torch.isfinite(value).all():
+        raise ScoringError(
+            f"batch {batch}: the {key[2]} of {key[0]} holds values that are not finite"
+        )
+
+
+def unreached(target: GroupTarget, site: Site) -> ScoringError:
+    """The error for a site that no batch has touched."""
+    return ScoringError(
+        f"{target.name}: call {site.call} of {site.module} was never reached; "
+        "trace the model with inputs like those of the batches"
+    )
+
+
+class Activations(Collector):
     """Streams sum |a| and counts, so that the mean does not depend on the cut into batches."""
 
-    def __init__(self, model: nn.Module, targets: Sequence[GroupTarget]) -> None:
-        self._model = model
-        self._targets = targets
-        self._sites = {t.name: activation_sites(t) for t in targets}
-        self._sum: dict[Key, Tensor] = {}
-        self._count: dict[Key, int] = {}
+    shares = "forward"
 
-    @contextmanager
-    def running(self, batch: int) -> Iterator[None]:
+    def __init__(self, setting: Setting, request: Request, sums: View) -> None:
+        super().__init__(setting, request, sums)
+        self._sites = {t.name: activation_sites(t) for t in request.groups}
+
+    @classmethod
+    def obstacle(cls, model: nn.Module, params: Parameters, target: Target, members: str) -> str:
+        """When no activation can be hooked."""
+        seen = isinstance(target, GroupTarget) and target.sites
+        return "" if seen else "no activation can be seen from outside"
+
+    def watch(self, run: Run) -> AbstractContextManager[Any]:
         """Hook the model for one forward pass."""
 
         def add(key: Key, value: Tensor) -> Tensor:
             others = [d for d in range(value.dim()) if d != key[4]]
             line = value.detach().abs().sum(dim=others, dtype=torch.float64).cpu()  # (size,)
-            if not torch.isfinite(line).all():
-                raise ScoringError(
-                    f"batch {batch}: the {key[2]} of {key[0]} holds values that are not finite"
-                )
-            self._sum[key] = self._sum.get(key, torch.zeros(())) + line
-            self._count[key] = self._count.get(key, 0) + value.numel() // value.shape[key[4]]
+            check_finite(line, key, run.number)
+            self.sums.add(f"{key}", line)
+            count = value.numel() // value.shape[key[4]]
+            self.sums.add(f"{key} count", torch.tensor(float(count), dtype=torch.float64))
             return value
 
         every = [site for sites in self._sites.values() for site in sites]
-        with site_values(self._model, every, add):
-            yield
+        return site_values(self.setting.model, every, add)
 
-    def result(self, target: GroupTarget) -> Tensor:
+    def unit(self, target: Target) -> Tensor:
         """(n_units,) float64: mean over samples, positions and sites of |a|.
 
         Raises:
             ScoringError: a site was never reached.
         """
+        assert isinstance(target, GroupTarget)
         total = torch.zeros(target.n_units, dtype=torch.float64)
         sites = self._sites[target.name]
         for site in sites:
-            key = key_of(site)
-            if key not in self._sum:
-                raise ScoringError(
-                    f"{target.name}: call {site.call} of {site.module} was never reached; "
-                    "trace the model with inputs like those of the batches"
-                )
-            unit = torch.from_numpy(np.ascontiguousarray(site.unit))
-            index = torch.from_numpy(np.ascontiguousarray(site.index))
-            line = torch.zeros_like(total).index_add_(0, unit, self._sum[key][index])
-            owned = torch.bincount(unit, minlength=target.n_units).clamp(min=1)
-            total += line / (owned * self._count[key])
+            key = f"{key_of(site)}"
+            if key not in self.sums:
+                raise unreached(target, site)
+            line = into_site_units(self.sums[key], site, torch.zeros_like(total))
+            owned = torch.bincount(site_index(site)[1], minlength=target.n_units).clamp(min=1)
+            total += line / (owned * self.sums[f"{key} count"])
         return total / len(sites)
+
+
+register_statistic("act", Activations)

@@ -9,71 +9,78 @@ weight gradients, and in-place operations that follow cannot spoil it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from secateurs.batches import batch_size, call_model
+from secateurs.criteria import FINISH
 from secateurs.errors import ScoringError
+from secateurs.statistics.collector import Collector, Request, Run, Setting
+from secateurs.statistics.hooks import Key, into_site_units, key_of, site_values
+from secateurs.statistics.jobs import Job
+from secateurs.statistics.sums import View
 from secateurs.statistics.units import Parameters, members_of, one_sample, removal_role
-from secateurs.types import Batch, GroupTarget, Inputs, Role, Site
+from secateurs.types import Batch, GroupTarget, Inputs, Role, Site, Target
 
-__all__ = ["Gates", "probe_gates", "site_values"]
-
-Key = tuple[str, int, str, int, int]
-"""(module, call, side, position, dim): sites of several targets may share one gate."""
+__all__ = ["Gates", "UnitGates", "probe_gates"]
 
 
-def key_of(site: Site) -> Key:
-    """What two sites must share to be the same place."""
-    return site.module, site.call, site.side, site.position, site.dim
+class UnitGates(Collector):
+    """Gates on units, for every criterion that needs nothing else: finished by sample or batch.
 
-
-@contextmanager
-def site_values(model: nn.Module, sites: Sequence[Site], visit: Any) -> Iterator[dict[str, int]]:
-    """Call `visit(key, tensor)` at each distinct site of every run; its result replaces the tensor.
-
-    Yields the calls of each module, to be cleared before each run. Hooks are gone at the end.
+    One per choice of members. Weight gradients are never computed.
     """
-    keys: dict[str, list[Key]] = {}
-    for key in dict.fromkeys(key_of(site) for site in sites):
-        keys.setdefault(key[0], []).append(key)
-    calls: dict[str, int] = {}
 
-    def before(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            calls[path] = calls.get(path, -1) + 1
-            changed = list(args)
-            for key in keys[path]:
-                if key[2] == "input" and key[1] == calls[path] and key[3] < len(changed):
-                    changed[key[3]] = visit(key, changed[key[3]])
-            return tuple(changed)
+    shares = "backward"
 
-        return hook
+    def __init__(
+        self,
+        setting: Setting,
+        jobs: Mapping[str, Job],
+        targets: Sequence[GroupTarget],
+        sites: Mapping[str, Sequence[Site]],
+        sums: View,
+    ) -> None:
+        super().__init__(setting, Request("gate", {}, "", list(targets)), sums)
+        self._jobs = jobs
+        self._gates = Gates(setting.model, sites)
 
-    def after(path: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            wanted = [k for k in keys[path] if k[2] == "output" and k[1] == calls[path]]
-            if not wanted:
-                return output
-            leaves, spec = pytree.tree_flatten(output)
-            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            for key in wanted:
-                leaves[places[key[3]]] = visit(key, leaves[places[key[3]]])
-            return pytree.tree_unflatten(leaves, spec)
+    def watch(self, run: Run) -> AbstractContextManager[None]:
+        """Put gates into the model."""
+        return self._gates.running(run.n)
 
-        return hook
+    def leaves(self) -> Sequence[Tensor]:
+        """The gates."""
+        return self._gates.leaves
 
-    with ExitStack() as stack:
-        for path in keys:
-            module = model.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(before(path)).remove)
-            stack.callback(module.register_forward_hook(after(path)).remove)
-        yield calls
+    @torch.no_grad()
+    def arrived(self, run: Run) -> None:
+        """Fold the gate gradients of a batch into the sums of every criterion."""
+        grads = [gate.grad for gate in self._gates.leaves]
+        for target in self.request.groups:
+            gate = self._gates.per_sample(target, grads)  # (n, n_units)
+            if not torch.isfinite(gate).all():
+                raise ScoringError(
+                    f"batch {run.number}: the gradient at {target.name} is not finite; check the "
+                    "data, and the loss where its gradient is undefined"
+                )
+            for label, job in self._jobs.items():
+                c, key = job.criterion, f"{label}/{target.name}"
+                finish = FINISH[c.finish]
+                if c.average == "sample":
+                    self.sums.add(key, finish(c.fn({"gate": gate})).sum(0))
+                elif c.average == "batch":
+                    self.sums.add(key, finish(c.fn({"gate": gate.mean(0)})), run.n)
+                else:
+                    self.sums.add(key, gate.sum(0))
+
+    def score(self, job: Job, target: Target) -> Tensor:
+        """(n_units,) finished scores of one criterion."""
+        c = job.criterion
+        mean = self.sums[f"{c.label}/{target.name}"] / self.n_samples
+        return mean if c.average != "dataset" else FINISH[c.finish](c.fn({"gate": mean}))
 
 
 class Gates:
@@ -125,9 +132,7 @@ class Gates:
             if grad is None:
                 continue
             rows = grad.detach().reshape(self._n, -1).double().cpu() * self._n  # (n, size)
-            unit = torch.from_numpy(np.ascontiguousarray(site.unit))
-            index = torch.from_numpy(np.ascontiguousarray(site.index))
-            out.index_add_(1, unit, rows[:, index])
+            into_site_units(rows, site, out)
         return out
 
 

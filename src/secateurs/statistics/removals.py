@@ -14,98 +14,92 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch import Tensor
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateurs.batches import call_model, tensors
 from secateurs.errors import ConfigError, DataError, ScoringError
-from secateurs.statistics.units import Parameters, members_of
+from secateurs.statistics.collector import (
+    Collector,
+    Request,
+    Run,
+    Setting,
+    call_with,
+    register_statistic,
+)
+from secateurs.statistics.sums import View
+from secateurs.statistics.units import members_of
 from secateurs.types import Batch, GroupTarget, Inputs, LossFn, Target, WeightTarget
 
-__all__ = ["Removals"]
+__all__ = ["Removals", "forward_mode", "sample_outputs"]
 
 Measure = Literal["loss", "output", "jvp_output"]
 TIMED = 3
 """Units that are timed before the guard judges."""
 
 
-class Removals:
+class Removals(Collector):
     """(L(theta + t v) - L(theta)) / t, or the same for outputs, or J v, for every unit.
 
-    Args:
-        model: in eval mode; never changed.
-        params: its parameters by name.
-        targets: whose units are measured.
-        alive: target name -> units to measure (those not removed earlier).
-        measure: "loss" (signed difference quotient), "output" (mean over samples of the norm of
-            the difference quotient) or "jvp_output" (the same in the limit, by forward-mode AD).
-        step: t of the quotient.
-        members: which members are scaled (see `Criterion.members`).
-        max_seconds: refuse when the estimated time is above that.
-        n_batches: batches that will come.
+    Options: `of` is "loss" (signed difference quotient) or "output" (mean over samples of the norm
+    of the difference quotient), `step` is t. As "jvp_output" the latter in the limit, by
+    forward-mode AD.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Parameters,
-        targets: Sequence[Target],
-        alive: Mapping[str, Tensor],
-        *,
-        measure: Measure,
-        step: float,
-        members: str,
-        max_seconds: float,
-        n_batches: int,
-    ) -> None:
-        self._model, self._params, self._targets = model, params, targets
-        self._alive, self._measure, self._step, self._members = alive, measure, step, members
-        self._max_seconds, self._n_batches = max_seconds, n_batches
-        self._sum = {t.name: torch.zeros(t.n_units, dtype=torch.float64) for t in targets}
-        self._n = 0
+    def __init__(self, setting: Setting, request: Request, sums: View) -> None:
+        super().__init__(setting, request, sums)
+        of = request.options.get("of", "loss")
+        self._measure: Measure = (
+            "jvp_output"
+            if request.statistic == "jvp_output"
+            else ("output" if of == "output" else "loss")
+        )
+        self._step = float(request.options.get("step", 1.0))
 
-    def batch(self, number: int, batch: Batch, n: int, loss_fn: LossFn | None) -> None:
-        """Measure every unit on one batch of `n` samples.
+    def alone(self, run: Run) -> None:
+        """Measure every unit on one batch.
 
         Raises:
             ConfigError: it would take longer than `max_seconds`.
             ScoringError: removing a unit makes the loss or output not finite.
         """
-        change = self._prepare(batch, n, loss_fn)
+        change = self._prepare(run.batch, run.n, self.setting.loss_fn)
         seconds: list[float] = []
-        for target in self._targets:
-            for unit in self._alive[target.name].tolist():
+        for target in self.request.targets:
+            found = torch.zeros(target.n_units, dtype=torch.float64)
+            for unit in self.setting.alive[target.name].tolist():
                 started = time.perf_counter()
                 value = change(target, unit)
                 if not math.isfinite(value):
                     raise ScoringError(
-                        f"batch {number}: removing unit {unit} of {target.name} changes the "
+                        f"batch {run.number}: removing unit {unit} of {target.name} changes the "
                         f"{self._measure} by {value}; check the data and the model"
                     )
-                self._sum[target.name][unit] += n * value
-                if number == 0 and len(seconds) < TIMED:
+                found[unit] = value
+                if run.number == 0 and len(seconds) < TIMED:
                     seconds.append(time.perf_counter() - started)
                     if len(seconds) == TIMED:
                         self._guard(min(seconds))  # the first call also loads kernels
-        self._n += n
+            self.sums.add(target.name, found, run.n)
 
-    def result(self, target: Target) -> Tensor:
+    def unit(self, target: Target) -> Tensor:
         """(n_units,) float64, the mean over all samples seen; 0 for units not measured."""
-        return self._sum[target.name] / max(self._n, 1)
+        return self.sums[target.name] / self.n_samples
 
     def _guard(self, seconds: float) -> None:
-        units = sum(len(self._alive[t.name]) for t in self._targets)
-        estimate = seconds * units * self._n_batches
-        if estimate > self._max_seconds:
+        setting = self.setting
+        units = sum(len(setting.alive[t.name]) for t in self.request.targets)
+        estimate = seconds * units * setting.n_batches
+        if estimate > setting.max_seconds:
             raise ConfigError(
-                f"measuring {units} units one by one on {self._n_batches} batches would take "
-                f"about {estimate:.0f} s, more than max_seconds={self._max_seconds:g}. Use fewer "
+                f"measuring {units} units one by one on {setting.n_batches} batches would take "
+                f"about {estimate:.0f} s, more than max_seconds={setting.max_seconds:g}. Use fewer "
                 "batches (max_batches), a coarser granularity, or criterion 'directional' or "
                 "'taylor', which need one backward pass for all units"
             )
@@ -118,7 +112,7 @@ class Removals:
         if self._measure == "jvp_output":
             return lambda target, unit: self._derivative(inputs, n, target, unit)
         with torch.no_grad():
-            before = call_model(self._model, inputs)
+            before = call_model(self.setting.model, inputs)
             if self._measure == "output":
                 start = sample_outputs(before, n)
                 return lambda t, u: (
@@ -139,21 +133,21 @@ class Removals:
         """Outputs of the model with the members of the unit scaled by (1 - step)."""
         changed: dict[str, Tensor] = {}
         for name, place in self._places(target, unit):
-            tensor = changed.setdefault(name, self._params[name].detach().clone())
+            tensor = changed.setdefault(name, self.setting.params[name].detach().clone())
             tensor[place] *= 1 - self._step
-        return _call(self._model, changed, inputs)
+        return call_with(self.setting.model, changed, inputs)
 
     def _derivative(self, inputs: Inputs, n: int, target: Target, unit: int) -> float:
         """Mean over samples of ||J v||_2."""
         point: dict[str, Tensor] = {}
         direction: dict[str, Tensor] = {}
         for name, place in self._places(target, unit):
-            weight = point.setdefault(name, self._params[name].detach())
+            weight = point.setdefault(name, self.setting.params[name].detach())
             tangent = direction.setdefault(name, torch.zeros_like(weight))
             tangent[place] -= weight[place]
 
         def outputs(substituted: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return tuple(sample_outputs(_call(self._model, substituted, inputs), n))
+            return tuple(sample_outputs(call_with(self.setting.model, substituted, inputs), n))
 
         with forward_mode():
             tangents = jvp(outputs, (point,), (direction,))[1]
@@ -166,7 +160,7 @@ class Removals:
             yield target.name, tuple(where)
             return
         assert isinstance(target, GroupTarget)
-        for member in members_of(target, self._members, self._params):
+        for member in members_of(target, self.request.members, self.setting.params):
             rows = torch.from_numpy(member.index[member.unit == unit])
             yield member.tensor, (*[slice(None)] * member.dim, rows)
 
@@ -187,13 +181,6 @@ def forward_mode() -> Iterator[None]:
     finally:
         mkldnn.enabled = fused
         mha.set_fastpath_enabled(fast)
-
-
-def _call(model: nn.Module, substituted: Mapping[str, Tensor], inputs: Inputs) -> Any:
-    if isinstance(inputs, dict):
-        return functional_call(model, dict(substituted), (), inputs)
-    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    return functional_call(model, dict(substituted), args)
 
 
 def sample_outputs(outputs: Any, n: int) -> list[Tensor]:
@@ -226,3 +213,7 @@ def _mean_norm(changes: Sequence[Tensor]) -> float:
         ]
     )  # (outputs, n)
     return float(squares.sum(0).sqrt().mean())
+
+
+register_statistic("ablation", Removals)
+register_statistic("jvp_output", Removals)
