@@ -97,7 +97,7 @@ class Gates:
         """Hook the model for one forward pass of `n` samples."""
         self._gates, self._n = {}, n
         every = [site for sites in self._sites.values() for site in sites]
-        with site_values(self._model, every, self._multiply):
+        with site_values(self._model, every, self._multiply, self._multiply_again):
             yield
 
     def _multiply(self, key: Key, value: Tensor) -> Tensor:
@@ -112,6 +112,9 @@ class Gates:
         gate = torch.ones(shape, dtype=value.dtype, device=value.device, requires_grad=True)
         self._gates[key] = gate
         return value * gate
+
+    def _multiply_again(self, key: Key, value: Tensor) -> Tensor:
+        return value * self._gates[key]
 
     @property
     def leaves(self) -> list[Tensor]:
