@@ -18,13 +18,13 @@ SRC = Path(secateurs.__file__).parent
 # own, anywhere in its code: neither a later line, nor a neighbour on the same line.
 LAYERS = (
     "errors",
-    "asked bars filters inventory",
+    "asked bars filters inventory workers",
     "types distributed",
     "batches",
     "graph cost criteria schedules",
-    "statistics selection",
+    "statistics selection scores",
     "scoring allocation masks",
-    "finetuning surgery controls",
+    "finetuning surgery controls testing",
     "macs health carrying",
     "latency diagnosis",
     "measurement",
@@ -33,6 +33,7 @@ LAYERS = (
     "imports tasks",
     "recipe",
     "search runner",
+    "ablation",
     "integrations",
     "cli",
 )
