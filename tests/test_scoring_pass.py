@@ -298,3 +298,42 @@ def test_a_module_called_twice_in_a_checkpoint_is_refused() -> None:
     assert "a:neuron" in graph.units
     with pytest.raises(ScoringError, match=r"b is called 2 times .* switch checkpointing off"):
         score(model, plain.batches, plain.loss_fn, graph=graph)
+
+
+# -- several criteria made one -----------------------------------------------------------------
+
+
+def test_combined_criteria_share_the_pass() -> None:
+    case = conv()
+    seen: list[int] = []
+    both = {"combine": "rank", "of": ["taylor", "magnitude"], "weights": [2, 1]}
+    found = score(
+        case.model, case.batches, case.loss_fn, criterion=[both, "taylor"], graph=case.graph,
+        progress=lambda done, _: seen.append(done),
+    )  # fmt: skip
+    assert list(found) == ["rank(2*taylor, 1*magnitude)", "taylor"]
+    assert seen == [1, 2, 3]
+    parts = [
+        score(case.model, case.batches, case.loss_fn, criterion=c, graph=case.graph)
+        for c in ("taylor", "magnitude")
+    ]
+    ranks = [p.values["0:channel"].argsort().argsort() + 1.0 for p in parts]
+    expected = (2 * ranks[0] + ranks[1]) / 3 / 4
+    torch.testing.assert_close(found["rank(2*taylor, 1*magnitude)"].values["0:channel"], expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"combine": "rnk", "of": ["taylor", "magnitude"]}, "Did you mean 'rank'"),
+        ({"combine": "rank", "of": ["taylor"]}, "two or more criteria"),
+        ({"combine": "rank", "of": "taylor"}, "two or more criteria"),
+        ({"combine": "rank", "of": ["taylor", "magnitud"]}, "Did you mean 'magnitude'"),
+        ({"combine": "rank", "of": ["taylor", "magnitude"], "weights": [1]}, "must be 2 numbers"),
+        ({"combine": "rank", "of": ["taylor", "magnitude"], "weights": [-1, 1]}, "not negative"),
+        ({"combine": "rank", "of": ["taylor", "magnitude"], "weigths": [1, 1]}, "Did you mean 'we"),
+    ],
+)
+def test_combinations_that_are_refused(spec: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        score(mlp().model, criterion=spec)

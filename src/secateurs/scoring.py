@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from secateurs.bars import bar
 from secateurs.batches import check_batches, in_mode, iterate, model_device, preserve
-from secateurs.criteria import Criterion, get_criterion
+from secateurs.criteria import Combination, Criterion, CriterionLike, get_combination
 from secateurs.errors import ConfigError, ScoringError, choose
+from secateurs.scores import combine
 from secateurs.statistics import Job, Pass, Run, Setting, Sums, check_fits, make_job
 from secateurs.statistics.partial import fingerprint, read_partial, write_partial
 from secateurs.types import Batch, Batches, Graph, LossFn, Plan, Scores, Target, WeightTarget
@@ -33,7 +34,6 @@ from secateurs.types import Batch, Batches, Graph, LossFn, Plan, Scores, Target,
 __all__ = ["score"]
 
 Progress = Callable[[int, int | None], None]
-CriterionLike = str | Mapping[str, Any] | Criterion
 SAVE_EVERY = 30.0
 """Seconds between two writings of an unfinished pass."""
 
@@ -59,7 +59,7 @@ def score(  # type: ignore[overload-overlap]
     batches: Batches | None = None,
     loss_fn: LossFn | None = None,
     *,
-    criterion: CriterionLike = "taylor",
+    criterion: CriterionLike | Combination = "taylor",
     **options: Unpack[Options],
 ) -> Scores: ...
 
@@ -70,7 +70,7 @@ def score(
     batches: Batches | None = None,
     loss_fn: LossFn | None = None,
     *,
-    criterion: Sequence[CriterionLike],
+    criterion: Sequence[CriterionLike | Combination],
     **options: Unpack[Options],
 ) -> dict[str, Scores]: ...
 
@@ -80,7 +80,7 @@ def score(
     batches: Batches | None = None,
     loss_fn: LossFn | None = None,
     *,
-    criterion: CriterionLike | Sequence[CriterionLike] = "taylor",
+    criterion: CriterionLike | Combination | Sequence[CriterionLike | Combination] = "taylor",
     graph: Graph | None = None,
     granularity: str | Iterable[str] = "structured",
     previous: Plan | None = None,
@@ -98,8 +98,9 @@ def score(
         model: scored in eval mode and left exactly as it was.
         batches: re-iterable of `(inputs, targets)`; not needed by criteria that see weights only.
         loss_fn: `loss_fn(outputs, targets)`, the mean over the samples.
-        criterion: a name, a mapping with options, or a `Criterion`; or a list of these, which
-            share one pass over the batches.
+        criterion: a name, a mapping with options, or a `Criterion`; several made one, such as
+            `{"combine": "rank", "of": ["taylor", "magnitude"]}`; or a list of these, which share
+            one pass over the batches.
         graph: from `trace`; None traces the model on the inputs of the first batch.
         granularity: kinds of units, or "structured".
         previous: units that it removed score `-inf`.
@@ -134,10 +135,11 @@ def score(
         >>> list(score(net, graph=graph, criterion=["magnitude", "random"], granularity="weight"))
         ['magnitude', 'random']
     """
-    alone = isinstance(criterion, (str, Mapping, Criterion))
-    asked: Any = [criterion] if alone else criterion
-    chosen = [get_criterion(c) for c in asked]
-    _check_request(chosen, batches, loss_fn, max_batches, sample_batches)
+    alone = isinstance(criterion, (str, Mapping, Criterion, Combination))
+    given: Any = [criterion] if alone else criterion
+    asked = [get_combination(c) for c in given]
+    _check_request(asked, batches, loss_fn, max_batches, sample_batches)
+    chosen = list({part.label: part for c in asked for part in c.parts}.values())
     choose(mode, ["eval", "train"], "mode")
     data = batches if any(c.needs_data for c in chosen) else None
     if data is not None:
@@ -246,13 +248,13 @@ def _shown(stack: ExitStack, progress: Progress | bool) -> Progress | None:
 
 
 def _check_request(
-    chosen: Sequence[Criterion],
+    asked: Sequence[Combination],
     batches: Batches | None,
     loss_fn: LossFn | None,
     max_batches: int | None,
     sample_batches: int | None,
 ) -> None:
-    labels = [c.label for c in chosen]
+    labels = [c.label for c in asked]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if not labels or twice:
         raise ConfigError(
@@ -263,7 +265,7 @@ def _check_request(
             raise ConfigError(f"{name} must be at least 1, got {number}")
     if max_batches is not None and sample_batches is not None:
         raise ConfigError("give max_batches (the first ones) or sample_batches (random ones)")
-    for c in chosen:
+    for c in (part for several in asked for part in several.parts):
         missing = [
             name
             for name, needed, value in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 # Importing a family registers its criteria.
 from secateurs.criteria import activation, control, directional, gradient, weight
+from secateurs.criteria.combination import Combination, CriterionLike, get_combination
 from secateurs.criteria.registry import (
     CRITERIA,
     FINISH,
@@ -23,11 +24,14 @@ __all__ = [
     "CRITERIA",
     "FINISH",
     "STATISTICS",
+    "Combination",
     "Criterion",
+    "CriterionLike",
     "activation",
     "control",
     "criterion",
     "directional",
+    "get_combination",
     "get_criterion",
     "gradient",
     "weight",

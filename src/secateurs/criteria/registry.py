@@ -59,6 +59,7 @@ class Statistic:
         weight: whether it exists for single weights.
         summary: one sentence for the docs.
         options: names of criterion options that shape it; criteria that agree on them share it.
+        labels: whether the targets of the batches are read without a loss.
     """
 
     level: Literal["element", "unit"]
@@ -67,6 +68,7 @@ class Statistic:
     weight: bool
     summary: str
     options: tuple[str, ...] = ()
+    labels: bool = False
 
     @property
     def data(self) -> bool:
@@ -195,6 +197,15 @@ class Criterion:
         """Whether scoring needs targets and a loss."""
         asked = {STATISTICS[need].loss for need in self.needs}
         return True in asked or ("option" in asked and self.options.get("of") == "loss")
+
+    @property
+    def sees(self) -> Literal["weights", "inputs", "inputs, labels", "inputs, labels, loss"]:
+        """What it looks at."""
+        if self.needs_loss:
+            return "inputs, labels, loss"
+        if any(STATISTICS[need].labels for need in self.needs):
+            return "inputs, labels"
+        return "inputs" if self.needs_data else "weights"
 
     @property
     def cost(self) -> Cost:

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateurs.batches import call_model, check_batches, in_mode, preserve
 from secateurs.controls import resets
-from secateurs.criteria import get_criterion
+from secateurs.criteria import get_combination
 from secateurs.errors import BudgetError, CaptureError, ConfigError, choose
 from secateurs.filters import Patterns
 from secateurs.graph import trace
@@ -129,13 +129,13 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
             f"nothing of granularity {stage.granularity!r} can be pruned in this model; "
             f"it has {', '.join(found) or 'no prunable part'}{'. ' * bool(reasons)}{reasons}"
         )
-    criterion = get_criterion(stage.criterion)
-    params = check_fits(model, targets)
-    job = make_job(criterion, targets, model, params, stage.granularity)
+    asked, params = get_combination(stage.criterion), check_fits(model, targets)
+    for part in asked.parts:
+        job = make_job(part, targets, model, params, stage.granularity)
     if stage.budget is None:
         return
     blank = {t.name: torch.zeros(t.n_units) for t in job.targets}
-    counts = stage.allocated(Scores(graph, blank, criterion.label), stage.budget)
+    counts = stage.allocated(Scores(graph, blank, asked.label), stage.budget)
     if all(counts.kept[t.name] == t.n_units for t in job.targets):
         raise BudgetError(
             f"{given(stage.budget)} removes nothing: the dense model is within it already"

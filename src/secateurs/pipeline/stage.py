@@ -9,7 +9,7 @@ from typing import Any
 from secateurs.allocation import ALLOCATORS, RoundTo, allocate, check_round_to
 from secateurs.controls import CONTROLS
 from secateurs.cost import dense_cost
-from secateurs.criteria import get_criterion
+from secateurs.criteria import get_combination
 from secateurs.errors import ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.schedules import Schedule
@@ -25,7 +25,7 @@ class Stage:
     Args:
         budget: what may remain; exactly one of `budget` and `threshold`.
         threshold: units scoring below it go.
-        criterion: a name, or a mapping with its options.
+        criterion: a name, a mapping with its options, or several combined (see `score`).
         granularity: kinds of units, or "structured".
         allocation: how the budget is divided among targets ("uniform", "global", ...).
         schedule: steps and curve. A threshold is applied once per step, to what is left.
@@ -66,7 +66,7 @@ class Stage:
                 )
         if (self.budget is None) == (self.threshold is None):
             raise ConfigError("give exactly one of budget and threshold")
-        get_criterion(self.criterion)
+        get_combination(self.criterion)
         expand_granularity(self.granularity)
         choose(self.allocation, ALLOCATORS, "allocation")
         least = self.min_keep
@@ -92,8 +92,8 @@ class Stage:
                 f"control={control!r} changes the values that threshold {rule!r} looks at, so "
                 'another number of units would go; use a budget, "quantile" or control="shuffle"'
             )
-        criterion = get_criterion(self.criterion)
-        if control == "random-labels" and not criterion.needs_loss:
+        criterion = get_combination(self.criterion)
+        if control == "random-labels" and not criterion.sees_labels:
             raise ConfigError(
                 f'control="random-labels" changes nothing: criterion {criterion.label!r} does not '
                 "see the targets"
