@@ -168,8 +168,15 @@ def score(
                 batches=[max_batches, sample_batches, chosen_batches.total], mode=mode,
             ) if resume is not None else ""  # fmt: skip
             _stream(run, chosen_batches, _shown(stack, progress), resume, marks)
-        scores = {job.criterion.label: _scores(found, job, run, targets, previous) for job in jobs}
+        parts = {job.criterion.label: _scores(found, job, run, targets, previous) for job in jobs}
+    scores = {c.label: _combined(c, parts) for c in asked}
     return next(iter(scores.values())) if alone else scores
+
+
+def _combined(asked: Combination, parts: Mapping[str, Scores]) -> Scores:
+    """The scores of one criterion, or those of several made one."""
+    held = {part.label: parts[part.label] for part in asked.parts}
+    return held[asked.label] if asked.how is None else combine(held, asked.how, asked.weights)
 
 
 class _Chosen:

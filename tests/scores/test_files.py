@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 import pickle
 import tempfile
@@ -87,13 +88,11 @@ def test_a_file_is_replaced_only_with_force_and_by_something_whole(
     with pytest.raises(ConfigError, match="is a folder; name a file, such as"):
         save_scores(other, tmp_path, force=True)
 
-    def half(self: Path, data: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(data[:10])
+    def full(*_: object) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", half)
+        patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="no space left"):
             save_scores(other, path, force=True)
     assert same(load_scores(path, FULL.graph), FULL)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateurs.errors import FileFormatError
-from secateurs.surgery.storage import pack, pack_bits, read_tensors, unpack, unpack_bits
+from secateurs.surgery.storage import pack, pack_bits, unpack, unpack_bits
 
 HERE = Path("model.safetensors")
 
@@ -90,14 +90,3 @@ def test_damaged_sparse_tensors(change: dict[str, Tensor | None]) -> None:
     stored = {**pack({"w": sparse(torch.float32)}), **change}
     with pytest.raises(FileFormatError, match="sparse tensor w is damaged"):
         unpack({k: v for k, v in stored.items() if v is not None}, HERE)
-
-
-def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="does not exist"):
-        read_tensors(tmp_path / "nothing")
-    for content in (b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}", b"\xff" * 64):
-        (tmp_path / "f").write_bytes(content)
-        if content.startswith(b"\x08"):
-            continue
-        with pytest.raises(FileFormatError, match="truncated or no safetensors"):
-            read_tensors(tmp_path / "f")

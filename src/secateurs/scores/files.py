@@ -7,12 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from secateurs.errors import ConfigError, FileFormatError, ScoringError
 from secateurs.scores.units import check_scores, facts_of, facts_text, spoken_of
+from secateurs.tensorfiles import read_tensors, write_tensors
 from secateurs.types import Graph, Scores
 
 __all__ = ["load_scores", "save_scores"]
@@ -54,14 +53,8 @@ def save_scores(scores: Scores, path: str | Path, *, force: bool = False) -> Pat
         "scored": list(scores.values),
         "targets": {n: facts_of(t) for n, t in scores.graph.targets.items() if t.kind in kinds},
     }
-    tensors = {name: v.detach().cpu().contiguous().clone() for name, v in scores.values.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".part")
-    try:
-        temporary.write_bytes(to_bytes(tensors, {HEADER: json.dumps(header)}))
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk
+    write_tensors(out, scores.values, {HEADER: json.dumps(header)})
     return out
 
 
@@ -124,14 +117,7 @@ def _saved_targets(header: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file; the header is not checked yet."""
-    if not file.is_file():
-        raise FileFormatError(f"{file} does not exist or is no file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(f"{file} is truncated or no safetensors file: {error}") from error
+    tensors, metadata = read_tensors(file)
     if HEADER not in metadata:
         raise FileFormatError(f"{file} holds no scores; was it written by save_scores?")
     try:

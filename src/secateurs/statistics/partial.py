@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from secateurs.batches import tensors
 from secateurs.errors import ConfigError, FileFormatError
 from secateurs.statistics.jobs import Job
 from secateurs.statistics.stream import Pass
+from secateurs.tensorfiles import read_tensors, write_tensors
 from secateurs.types import Batch
 
 __all__ = ["Progressed", "fingerprint", "read_partial", "write_partial"]
@@ -52,11 +49,8 @@ def _hash(held: object) -> str:
 
 def write_partial(path: Path, run: Pass, done: Progressed, marks: str) -> None:
     """Write the sums of a pass and how far it came."""
-    state = {k: v.cpu().contiguous().clone() for k, v in run.sums.state().items()}
-    half = path.with_name(path.name + ".writing")
-    meta = {"fingerprint": marks, "turn": str(done[0]), "batches": str(done[1])}
-    save_file(state, half, metadata=meta)
-    os.replace(half, path)
+    texts = {"fingerprint": marks, "turn": str(done[0]), "batches": str(done[1])}
+    write_tensors(path, run.sums.state(), texts)
 
 
 def read_partial(path: Path, run: Pass, marks: str) -> Progressed:
@@ -67,13 +61,12 @@ def read_partial(path: Path, run: Pass, marks: str) -> Progressed:
         FileFormatError: it is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            state: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        before, done = json.loads(meta["fingerprint"]), (int(meta["turn"]), int(meta["batches"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        state, texts = read_tensors(path)
+        before = json.loads(texts["fingerprint"])
+        done = int(texts["turn"]), int(texts["batches"])
+    except (FileFormatError, KeyError, ValueError) as error:
         raise FileFormatError(
-            f"{path} is damaged, or no partial scoring pass: {error}. Delete it to start again"
+            f"{path} is no partial scoring pass, or damaged: {error}. Delete it to start again"
         ) from error
     now = json.loads(marks)
     other = [name for name in now if before.get(name) != now[name]]

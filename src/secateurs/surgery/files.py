@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from secateurs.errors import ConfigError, FileFormatError, SoundnessError
@@ -30,12 +29,12 @@ from secateurs.surgery.slicing import set_size_, slice_module_, takes_size
 from secateurs.surgery.storage import (
     BUFFER,
     MASK,
-    read_tensors,
     stored_tensors,
     unpack,
     unpack_bits,
 )
 from secateurs.surgery.verification import Verification
+from secateurs.tensorfiles import read_tensors, write_tensors
 from secateurs.types import Plan
 
 __all__ = ["load", "load_plan", "plan_from_dict", "plan_to_dict", "save"]
@@ -83,9 +82,7 @@ def save(small: nn.Module, plan: Plan, directory: str | Path, *, force: bool = F
     else:
         (out / GRAPH).unlink(missing_ok=True)  # of an earlier result
     stored = stored_tensors(small, slice_masks(plan))
-    temporary = out / (MODEL + ".part")
-    temporary.write_bytes(to_bytes(stored))  # save_file would make it readable by its owner only
-    temporary.replace(out / MODEL)
+    write_tensors(out / MODEL, stored)
     _write_text(out / PLAN, json.dumps(description, indent=1))
     return out
 
@@ -113,7 +110,7 @@ def load(directory: str | Path, factory: Callable[[], nn.Module] | None = None) 
     path = Path(directory)
     description = _read_json(path / PLAN)
     plan = plan_from_dict(description, path / PLAN)
-    tensors = read_tensors(path / MODEL)
+    tensors, _ = read_tensors(path / MODEL)
     state = unpack(tensors, path / MODEL)
     if description.get("form") == "graph":
         model: nn.Module = graph_from_dict(_read_json(path / GRAPH), state, path / GRAPH)
@@ -144,7 +141,7 @@ def load_plan(directory: str | Path) -> Plan:
     """
     path = Path(directory)
     plan = plan_from_dict(_read_json(path / PLAN), path / PLAN)
-    tensors = read_tensors(path / MODEL)
+    tensors, _ = read_tensors(path / MODEL)
     held = {name: tuple(t.shape) for name, t in unpack(tensors, path / MODEL).items()}
     masks: dict[str, Tensor] = {}
     for name, shape in plan.shapes.items():

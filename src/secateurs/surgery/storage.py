@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateurs.errors import FileFormatError
@@ -21,7 +20,6 @@ __all__ = [
     "MASK",
     "pack",
     "pack_bits",
-    "read_tensors",
     "stored_tensors",
     "unpack",
     "unpack_bits",
@@ -101,14 +99,3 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise RuntimeError(f"{bits.numel()} bytes of bits do not fit shape {shape}")
     flat = np.unpackbits(bits.numpy(), count=count).astype(bool)
     return torch.from_numpy(flat).reshape(shape)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; raises FileFormatError if it is damaged."""
-    if not path.is_file():
-        raise FileFormatError(f"{path} does not exist; is this a directory written by save?")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(f"{path} is truncated or no safetensors file: {error}") from error
