@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from secateurs.cli import analyze, demo, run, tasks
+from secateurs.cli import analyze, criteria, demo, run, tasks
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("analyze")(analyze.analyze)
+app.command("criteria")(criteria.criteria)
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("tasks")(tasks.tasks)
