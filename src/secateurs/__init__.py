@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from secateurs.pipeline import Stage as Stage
     from secateurs.pipeline import prune as prune
     from secateurs.pipeline import prune_stages as prune_stages
+    from secateurs.report.scores import plot_agreement as plot_agreement
+    from secateurs.report.scores import plot_scores as plot_scores
     from secateurs.schedules import Schedule as Schedule
+    from secateurs.scores import agreement as agreement
+    from secateurs.scores import combine as combine
+    from secateurs.scores import load_scores as load_scores
+    from secateurs.scores import save_scores as save_scores
+    from secateurs.scores import subset as subset
     from secateurs.scoring import score as score
     from secateurs.selection import select as select
     from secateurs.surgery import load as load
@@ -61,6 +68,13 @@ _ROOMS = {
     "prune_stages": "pipeline",
     "Stage": "pipeline",
     "Schedule": "schedules",
+    "plot_agreement": "report.scores",
+    "plot_scores": "report.scores",
+    "agreement": "scores",
+    "combine": "scores",
+    "load_scores": "scores",
+    "save_scores": "scores",
+    "subset": "scores",
     "score": "scoring",
     "select": "selection",
     "load": "surgery",

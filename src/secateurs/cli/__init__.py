@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from secateurs.cli import analyze, criteria, demo, run, tasks
+from secateurs.cli import analyze, criteria, demo, run, score, tasks
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app.command("analyze")(analyze.analyze)
 app.command("criteria")(criteria.criteria)
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
+app.command("score")(score.score)
 app.command("tasks")(tasks.tasks)
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -78,12 +74,12 @@ def _controls(step: Any) -> tuple[ControlRow, ...]:
 
     Runs in as many processes as there are cores, one thread each.
     """
-    workers = max(1, min(len(SEEDS), os.cpu_count() or 1))
+    from secateurs.workers import worker_pool
+
     jobs = [(criterion, seed) for seed in SEEDS for criterion in CRITERIA]
     found: dict[tuple[str, int], tuple[float, float]] = {}
     total = len(SEEDS) + len(jobs)
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_quietly) as pool:
+    with worker_pool(len(SEEDS)) as pool:
         for n, _ in enumerate(pool.map(_train, SEEDS), start=1):
             step("train the dense network, 3 seeds", n, total)
         for n, (job, pair) in enumerate(zip(jobs, pool.map(_prune, jobs), strict=True), start=1):
@@ -92,28 +88,17 @@ def _controls(step: Any) -> tuple[ControlRow, ...]:
     return tuple(control_row(c, {s: found[(c, s)] for s in SEEDS}) for c in CRITERIA)
 
 
-def _end_quietly() -> None:
-    """A worker ends at once and without a traceback on Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _train(seed: int) -> None:
-    import torch
-
     from secateurs.tasks import dense_checkpoint, get_task
 
-    torch.set_num_threads(1)
     dense_checkpoint(get_task("digits-cnn"), seed)
 
 
 def _prune(job: tuple[str, int]) -> tuple[float, float]:
     """Test accuracy of the dense and of the pruned network."""
-    import torch
-
     from secateurs.recipe import parse_recipe
     from secateurs.runner import load_problem, run_recipe
 
-    torch.set_num_threads(1)
     criterion, seed = job
     recipe: Recipe = parse_recipe({**RECIPE, "criterion": criterion, "seed": seed, "latency": []})
     row = run_recipe(recipe, load_problem(recipe)).report.rows[0]

@@ -1,4 +1,7 @@
-"""`secateurs run recipe.yaml`: prune a built-in task or your own model, write the results."""
+"""`secateurs run recipe.yaml`: prune a built-in task or your own model, write the results.
+
+With `--controls`, or a recipe that names several: the criterion beside its controls, over seeds.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from secateurs.ablation import Intended
     from secateurs.recipe import Recipe
     from secateurs.runner import Problem
     from secateurs.types import Graph
@@ -20,8 +24,24 @@ def run(
     set_: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Change one value: --set budget.macs=0.1"
     ),
-    out: Path = typer.Option(None, "--out", help="Directory of the results [runs/RECIPE]."),
+    out: Path = typer.Option(
+        None,
+        "--out",
+        help="Directory of the results [runs/RECIPE; with controls runs/RECIPE-controls].",
+    ),
     seed: int = typer.Option(None, "--seed", help="Same as --set seed=N."),
+    controls: str = typer.Option(
+        None,
+        "--controls",
+        metavar="NAMES",
+        help="Compare the criterion with controls: all, or shuffle,invert,...",
+    ),
+    seeds: str = typer.Option(
+        None,
+        "--seeds",
+        metavar="N,N,N",
+        help="Seeds of that comparison: 0,1,2 [three, from the recipe's seed on].",
+    ),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Check everything and print the plan; train and write nothing."
     ),
@@ -30,6 +50,7 @@ def run(
 ) -> None:
     """Prune by a recipe and write model, plan, recipe and report to a directory."""
     from secateurs.bars import bar
+    from secateurs.cli.controls import compare, comparison
     from secateurs.cli.output import before_after, prints_to_stderr, stderr, stdout
     from secateurs.recipe import read_recipe
     from secateurs.report import check_available
@@ -41,17 +62,21 @@ def run(
         write_results,
     )
 
-    overrides = (*set_, *([f"seed={seed}"] if seed is not None else []))
+    asked = comparison(controls, seeds, seed)
+    overrides = (*set_, *([f"seed={seed}"] if seed is not None else []), *asked)
     base = recipe.parent
     parsed = read_recipe(recipe, overrides).anchored(base)
-    where = out or Path("runs") / recipe.stem
+    where = out or Path("runs") / (f"{recipe.stem}-controls" if parsed.controls else recipe.stem)
     check_available()
+    if parsed.controls:
+        compare(parsed, base, where, dry_run=dry_run, force=force, as_json=as_json)
+        return
     check_output(where, force or dry_run)
     if dry_run:
         with prints_to_stderr():
             problem = load_problem(parsed, base, train=False)
             graph = check_recipe(parsed, problem)
-        _describe(parsed, problem, graph, where, as_json)
+        describe(parsed, problem, graph, where, as_json)
         return
     with prints_to_stderr(), bar(parsed.task or "model") as step:
         step("load (a task is trained the first time)", 0, 1)
@@ -72,7 +97,14 @@ def run(
     stderr().print(f"written: {', '.join(str(f) for f in files)}", highlight=False)
 
 
-def _describe(recipe: Recipe, problem: Problem, graph: Graph, where: Path, as_json: bool) -> None:
+def describe(
+    recipe: Recipe,
+    problem: Problem,
+    graph: Graph,
+    where: Path,
+    as_json: bool,
+    intended: Intended | None = None,
+) -> None:
     """The dry run: what would be pruned, by what, into which directory."""
     from secateurs.cost import dense_cost
     from secateurs.pipeline.request import given
@@ -89,6 +121,13 @@ def _describe(recipe: Recipe, problem: Problem, graph: Graph, where: Path, as_js
             "excluded": [asdict(e) for e in graph.excluded],
             "out": str(where),
         }
+        if intended is not None:
+            found["comparison"] = {
+                "seeds": intended.seeds,
+                "runs": len(intended.jobs),
+                "finished": len(intended.finished),
+                "skipped": intended.skipped,
+            }
         typer.echo(json.dumps(found, indent=1, allow_nan=False))
         return
     typer.echo(recipe.to_yaml())
@@ -103,4 +142,11 @@ def _describe(recipe: Recipe, problem: Problem, graph: Graph, where: Path, as_js
             typer.echo(f"  {name}: {n:,} units")
     for left in graph.excluded:
         typer.echo(f"left whole: {left.name}: {left.reason}")
+    if intended is not None:
+        runs = ["the criterion itself", *(c for c in recipe.controls if c not in intended.skipped)]
+        seeds = ", ".join(map(str, intended.seeds))
+        done = f", {len(intended.finished)} of them finished" if intended.finished else ""
+        typer.echo(f"{len(intended.jobs)} runs{done}: {', '.join(runs)}; seeds {seeds}")
+        for control, why in intended.skipped.items():
+            typer.echo(f"cannot be run: {control}: {why}")
     typer.echo(f"would write to {where}")
