@@ -8,12 +8,12 @@ and exactly one of `budget` and `threshold`; `stages` holds a list of such block
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
@@ -29,7 +29,7 @@ from pydantic import (
 
 from secateurs.allocation import ALLOCATORS, check_round_to
 from secateurs.controls import CONTROLS
-from secateurs.criteria import get_criterion
+from secateurs.criteria import get_combination
 from secateurs.errors import ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.imports import find_file, near_file
@@ -56,19 +56,21 @@ class StageRecipe(BaseModel):
     min_keep: PositiveInt = 1
     round_to: int | str | dict[str, int] = "auto"
     homogeneous: bool = False
-    control: str | None = None
+    control: str | list[str] | None = None
 
     @field_validator("criterion", "granularity", "allocation", "round_to", "control")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name == "criterion":
-            get_criterion(value)
+            get_combination(value)
         elif info.field_name == "granularity":
             expand_granularity(value)
         elif info.field_name == "round_to":
             check_round_to(value)
+        elif isinstance(value, list):
+            _once([choose(name, CONTROLS, "control") for name in value], "control", "[shuffle]")
         elif value is not None:
-            known = ALLOCATORS if info.field_name == "allocation" else CONTROLS
+            known = ALLOCATORS if info.field_name == "allocation" else (*CONTROLS, "all")
             choose(value, known, str(info.field_name))
         return value
 
@@ -81,12 +83,22 @@ class StageRecipe(BaseModel):
     def stage(self) -> Stage:
         """The block as an argument of `prune_stages`; checks names and ranges."""
         kinds = self.granularity if isinstance(self.granularity, str) else tuple(self.granularity)
+        control = self.control if isinstance(self.control, str) and self.control != "all" else None
         return Stage(
             budget=self.budget, threshold=self.threshold, criterion=self.criterion,
             granularity=kinds, allocation=self.allocation, schedule=self.schedule,
             finetune=self.finetune, min_keep=self.min_keep, round_to=self.round_to,
-            homogeneous=self.homogeneous, control=self.control,
+            homogeneous=self.homogeneous, control=control,
         )  # fmt: skip
+
+
+def _once(values: Sequence[object], what: str, example: str) -> None:
+    """A list that holds something, and nothing twice."""
+    if not values:
+        raise ConfigError(f"an empty list; write for example {what}: {example}")
+    twice = sorted({str(v) for v in values if values.count(v) > 1})
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} is listed twice; each counts once")
 
 
 class Recipe(StageRecipe):
@@ -107,6 +119,7 @@ class Recipe(StageRecipe):
         stages: rounds that run in order, instead of the fields of a single one.
         form: "auto", "module" or "graph".
         seed: of everything random.
+        seeds: of a comparison with controls, in place of `seed`; see `controls`.
         full_data: train a task on all its data where it uses a subset.
         latency: batch sizes that are timed.
     """
@@ -124,6 +137,7 @@ class Recipe(StageRecipe):
     stages: list[StageRecipe] = Field(default_factory=list)
     form: str = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = None
     full_data: bool = False
     latency: list[PositiveInt] = Field(default_factory=lambda: [1, 256])
 
@@ -136,6 +150,26 @@ class Recipe(StageRecipe):
     @classmethod
     def _known_norm(cls, value: str) -> str:
         return choose(value, NORMS, "norm")
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None:
+            _once(value, "seeds", "[0, 1, 2]")
+        return value
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """What the criterion is compared with; empty for a single run.
+
+        A comparison is asked for by a list of controls, by "all", or by one name with `seeds`. One
+        name alone is a single run under that control.
+        """
+        if self.control == "all":
+            return CONTROLS
+        if isinstance(self.control, list):
+            return tuple(self.control)
+        return (self.control,) if self.control is not None and self.seeds is not None else ()
 
     def all_stages(self) -> list[Stage]:
         """The rounds, whether one or several."""
@@ -150,6 +184,8 @@ class Recipe(StageRecipe):
             block = stage.model_dump(mode="json", exclude_none=True, include=own)
             block["schedule"] = asdict(stage.stage().steps)
             blocks.append({k: block[k] for k in StageRecipe.model_fields if k in block})
+        if self.stages and self.control is not None:
+            full["control"] = self.control
         return {**full, **({"stages": blocks} if self.stages else blocks[0])}
 
     def anchored(self, base: Path | None) -> Recipe:
@@ -250,12 +286,19 @@ def _conflicts(data: Mapping[str, Any]) -> Iterator[str]:
         yield "full_data: is for a task only"
     listed = data.get("stages")
     stages = listed if isinstance(listed, list) else []
-    of_stage = sorted(given & set(StageRecipe.model_fields))
+    compares = "seeds" in given or isinstance(data.get("control"), list)
+    compares = compares or data.get("control") == "all"
+    if "seeds" in given and "control" not in given:
+        yield "seeds: is for a comparison; add control: all, or a list (--controls all)"
+    of_stage = sorted(given & set(StageRecipe.model_fields) - ({"control"} if compares else set()))
     if stages and of_stage:
         yield f"stages: move {', '.join(of_stage)} into a stage"
     blocks = {f"stages.{i}": block for i, block in enumerate(stages)} or {"recipe": data}
     for place, block in blocks.items():
         if isinstance(block, Mapping):
+            inner = block.get("control") if stages else None
+            if inner is not None and (compares or inner == "all" or isinstance(inner, list)):
+                yield f"{place}.control: a comparison is of the whole run: put it beside stages"
             known = block.get("budget") is not None, block.get("threshold") is not None
             if sum(known) != 1:
                 yield f"{place}: give exactly one of budget and threshold"

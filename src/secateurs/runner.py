@@ -225,9 +225,15 @@ def run_recipe(
         progress: as in `prune_stages`.
 
     Raises:
+        ConfigError: the recipe asks for a comparison with controls, which is many runs.
         MissingDependencyError: the packages that draw the report are not installed.
         PruningError: whatever `prune_stages` raises.
     """
+    if recipe.controls:
+        raise ConfigError(
+            f"this recipe compares its criterion with {', '.join(recipe.controls)}: many runs. "
+            "Use secateurs.ablation.ablate, or leave control (and seeds) away for one run"
+        )
     check_available()
     result = prune_stages(
         problem.model,
