@@ -28,6 +28,7 @@ from secateurs.criteria import Combination, Criterion, CriterionLike, get_combin
 from secateurs.errors import ConfigError, ScoringError, choose
 from secateurs.scores import combine
 from secateurs.statistics import Job, Pass, Run, Setting, Sums, check_fits, make_job
+from secateurs.statistics.losses import loss_note
 from secateurs.statistics.partial import fingerprint, read_partial, write_partial
 from secateurs.types import Batch, Batches, Graph, LossFn, Plan, Scores, Target, WeightTarget
 
@@ -161,6 +162,7 @@ def score(
             model, params, loss_fn, found, alive, seed, chosen_batches.total or 1, max_seconds
         )
         first = None if data is None else Run(0, next(iter(chosen_batches))[1])
+        note = loss_note(setting, first) if first is not None and mode == "eval" else ""
         run = Pass(setting, jobs, first, Sums())
         if data is not None:
             marks = fingerprint(
@@ -168,7 +170,9 @@ def score(
                 batches=[max_batches, sample_batches, chosen_batches.total], mode=mode,
             ) if resume is not None else ""  # fmt: skip
             _stream(run, chosen_batches, _shown(stack, progress), resume, marks)
-        parts = {job.criterion.label: _scores(found, job, run, targets, previous) for job in jobs}
+        parts = {
+            job.criterion.label: _scores(found, job, run, targets, previous, note) for job in jobs
+        }
     scores = {c.label: _combined(c, parts) for c in asked}
     return next(iter(scores.values())) if alone else scores
 
@@ -338,6 +342,7 @@ def _scores(
     run: Pass,
     targets: Sequence[Target],
     previous: Plan | None,
+    note: str,
 ) -> Scores:
     """The scores of one criterion, with removed units at -inf."""
     values = {}
@@ -357,7 +362,7 @@ def _scores(
         graph=graph,
         values=values,
         criterion=job.criterion.label,
-        notes=run.notes(job),
+        notes=(*run.notes(job), *([note] if note and job.criterion.needs_loss else [])),
         n_samples=run.n_samples if job.criterion.needs_data else 0,
         not_scored=job.not_scored,
     )

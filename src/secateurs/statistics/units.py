@@ -14,7 +14,15 @@ from torch.utils import _pytree as pytree
 from secateurs.errors import ConfigError, DataError
 from secateurs.types import Batch, GroupTarget, Member, Role, Target, WeightTarget
 
-__all__ = ["Parameters", "into_units", "members_of", "noise", "one_sample", "removal_role"]
+__all__ = [
+    "Parameters",
+    "into_units",
+    "members_of",
+    "noise",
+    "one_sample",
+    "removal_role",
+    "some_samples",
+]
 
 Parameters = Mapping[str, nn.Parameter]
 """Name -> parameter, every name of a tied parameter included."""
@@ -119,7 +127,12 @@ def noise(target: Target, seed: str) -> Tensor:
 
 
 def one_sample(batch: Batch, i: int, n: int) -> Batch:
-    """Sample `i` of a batch of `n`, as a batch of one.
+    """Sample `i` of a batch of `n`, as a batch of one; errors as `some_samples`."""
+    return some_samples(batch, slice(i, i + 1), n)
+
+
+def some_samples(batch: Batch, which: slice, n: int) -> Batch:
+    """Some samples of a batch of `n`, as a batch.
 
     Tensors whose first dimension is `n` are cut, everything else is passed on.
 
@@ -129,7 +142,7 @@ def one_sample(batch: Batch, i: int, n: int) -> Batch:
 
     def cut(leaf: Any) -> Any:
         inside = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
-        return leaf[i : i + 1] if inside else leaf
+        return leaf[which] if inside else leaf
 
     inputs, targets = batch
     leaves = [leaf for leaf in pytree.tree_leaves(targets) if leaf is not None]
