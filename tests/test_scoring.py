@@ -162,7 +162,7 @@ def test_fast_and_slow_path_agree(name: str) -> None:
         for t in case.graph.groups()
     ]
     slow = score(case.model, case.batches, case.loss_fn, graph=build(case.model, blind, {}))
-    assert all("one sample at a time" in note for note in slow.notes)
+    assert all("no gate, so by the gradients of its weights" in note for note in slow.notes)
     assert len(slow.notes) == len(blind)
     for target, values in run(case, "taylor").items():
         torch.testing.assert_close(values, slow.values[target], rtol=1e-5, atol=1e-9)
@@ -205,7 +205,7 @@ def test_a_module_called_twice_goes_one_by_one_unless_both_calls_are_sites() -> 
     batches = data((4,), 3, (4, 3), 0, torch.float64)
     case = Case(net, build(net, [group], {}), batches, nn.functional.cross_entropy)
     one = score(net, batches, case.loss_fn, graph=case.graph)
-    assert one.notes == ("first:neuron: scored one sample at a time (again is called 2 times)",)
+    assert one.notes == ("first:neuron: no gate, so by the gradients of its weights (again is called 2 times)",)
     second = type(t.sites[0])("again", 1, "output", 0, 1, u, u, "producer")
     both = GroupTarget(t.name, "neuron", 5, group.members, (*group.sites, second))
     two = score(net, batches, case.loss_fn, graph=build(net, [both], {}))

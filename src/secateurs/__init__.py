@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from secateurs.surgery import verify as verify
     from secateurs.types import Budget as Budget
     from secateurs.types import Threshold as Threshold
+    from secateurs.watching import watch as watch
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ _ROOMS = {
     "verify": "surgery",
     "Budget": "types",
     "Threshold": "types",
+    "watch": "watching",
 }
 __all__ = sorted([*_ROOMS, "__version__"])
 

@@ -21,7 +21,6 @@ from secateurs.types import (
     Member,
     Plan,
     Scores,
-    Threshold,
     WeightTarget,
 )
 
@@ -96,22 +95,12 @@ def _reason(scores: Scores, counts: Counts, name: str, n_gone: int, n: int) -> s
     if isinstance(asked, Budget):
         what = f"budget {asked.quantity}={getattr(asked, asked.quantity)}"
     else:
-        what = f"threshold {_threshold_text(asked)}"
+        what = f"threshold {asked.text}"
     below = counts.thresholds.get(name)
     limit = "" if below is None else f"; kept from a score of {below:.6g}"
     return (
         f"{n_gone} of {n} {scores.graph.targets[name].kind} units removed by criterion "
         f"{scores.criterion}, {what}{limit}"
-    )
-
-
-def _threshold_text(asked: Threshold) -> str:
-    given = {k: getattr(asked, k) for k in ("value", "k", "rate", "q")}
-    inner = ", ".join(f"{k}={v:g}" for k, v in given.items() if v is not None)
-    return (
-        f"{asked.rule}({inner}) per {asked.scope}"
-        if asked.scope == "target"
-        else (f"{asked.rule}({inner}) over all targets")
     )
 
 

@@ -26,6 +26,7 @@ from secateurs.inventory import inventory, table
 __all__ = [
     "Batch",
     "Batches",
+    "BranchSum",
     "Budget",
     "CostDim",
     "CostTerm",
@@ -136,6 +137,30 @@ class Site:
     gate_exact: bool = True
 
 
+@dataclass(frozen=True)
+class BranchSum:
+    """Where a unit of kind "layer" is added to its skip, in a plain run of the model.
+
+    Attributes:
+        unit: the unit.
+        module: path of the innermost module whose code adds.
+        call: 0 for the module's first call in a forward pass, 1 for its second, ...
+        order: which sum of that call it is, of those of two different floating-point tensors of
+            one shape and type.
+        of: how many such sums the call makes.
+        skip: position of the skip among the two.
+        dim: dimension of the sum that holds the features.
+    """
+
+    unit: int
+    module: str
+    call: int
+    order: int
+    of: int
+    skip: int
+    dim: int
+
+
 @dataclass(frozen=True, eq=False)
 class WeightTarget:
     """One parameter; its units are its elements, in row-major order."""
@@ -164,6 +189,7 @@ class GroupTarget:
         unit_names: of kind "layer": the module path of each unit, for people.
         unit_tensors: of kind "layer": parameters and buffers that go with each unit; those of its
             members alone make it zero.
+        sums: of kind "layer": where each unit is added to its skip.
     """
 
     name: str
@@ -174,6 +200,7 @@ class GroupTarget:
     removal: Literal["producers", "consumers"] = "producers"
     unit_names: tuple[str, ...] = ()
     unit_tensors: tuple[tuple[str, ...], ...] = ()
+    sums: tuple[BranchSum, ...] = ()
 
 
 Target = WeightTarget | GroupTarget
@@ -235,6 +262,7 @@ class Graph:
         outputs: names of the model's outputs that matter; empty for all.
         notes: what a user should know about the capture.
         device: type of the device that holds the model, e.g. "cpu".
+        inputs: what the model was traced with: shapes and types, but no data (meta tensors).
     """
 
     targets: Mapping[str, Target]
@@ -246,6 +274,7 @@ class Graph:
     notes: tuple[str, ...] = ()
     detail: Any = field(default=None, repr=False)
     device: str = "cpu"
+    inputs: Inputs | None = field(default=None, repr=False)
 
     @property
     def units(self) -> dict[str, int]:

@@ -42,6 +42,19 @@ def test_functions_are_pure(name: str) -> None:
     assert all(torch.equal(stats[k], before[k]) for k in stats)
 
 
+@pytest.mark.parametrize("name", [n for n, c in CRITERIA.items() if c.needs & {"grad", "gate"}])
+def test_those_that_say_so_are_linear_in_the_gradient(name: str) -> None:
+    c = CRITERIA[name]
+    torch.manual_seed(0)
+    weight, grad = torch.randn(2, 50, dtype=torch.float64)
+
+    def at(g: Tensor) -> Tensor:
+        known = {"weight": weight, "grad": g, "gate": weight * g}
+        return c.fn({need: known[need] for need in c.needs})
+
+    assert torch.allclose(at(grad), at(torch.ones_like(grad)) * grad) == c.linear
+
+
 def test_names_mappings_and_criteria_give_the_same() -> None:
     by_name = get_criterion("finite_difference", step=0.5)
     by_map = get_criterion({"name": "finite_difference", "step": 0.5})

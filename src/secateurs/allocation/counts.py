@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from secateurs.allocation.cuts import Found, find_cuts, null_lines
+from secateurs.allocation.previews import Preview, PreviewRow
 from secateurs.allocation.problem import ALLOCATORS, Allocation, FloatArray, Problem
 from secateurs.allocation.rounding import Rounding, RoundTo, check_round_to, roundings
+from secateurs.allocation.thresholds import Line
 from secateurs.cost import CostCurve, dense_cost
 from secateurs.errors import BudgetError, ConfigError, ScoringError, choose
 from secateurs.selection import order_of
 from secateurs.types import Budget, Counts, Graph, IntArray, Scores, Threshold, WeightTarget
 
-__all__ = ["allocate", "same_place"]
+__all__ = ["allocate", "preview", "same_place"]
 
 Classes = Mapping[str, tuple[str, ...]]
 
@@ -29,6 +32,7 @@ def allocate(
     min_keep: int = 1,
     round_to: RoundTo = "auto",
     homogeneous: bool = False,
+    null: Sequence[Scores] = (),
 ) -> Counts:
     """Units that each target keeps.
 
@@ -52,6 +56,8 @@ def allocate(
             counts, so that one configured size fits all blocks. Which units stay is still decided
             for each target. A ranking compares the mean of their best scores, of their second
             best, and so on; with a threshold the largest count of a class holds for all of it.
+        null: scores on shuffled labels, from `secateurs.controls.null_scores`; for
+            Threshold("permutation") only.
 
     Returns:
         `Counts` with what they leave of the dense model.
@@ -62,18 +68,15 @@ def allocate(
         BudgetError: the budget cannot be reached, or the threshold would leave too little.
     """
     choose(method, ALLOCATORS, "allocation method")
-    if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 1:
-        raise ConfigError(f"min_keep must be a whole number, at least 1, got {min_keep!r}")
-    check_round_to(round_to)
-    if not isinstance(homogeneous, bool):
-        raise ConfigError(f"homogeneous must be True or False, got {homogeneous!r}")
     if isinstance(asked, Threshold) and method != "uniform":
         raise ConfigError(
             f"method={method!r} distributes a budget; a threshold takes scope='target' or 'global'"
         )
     frame = _frame(scores, min_keep, round_to, homogeneous)
     if isinstance(asked, Threshold):
-        decided, cuts = _cut(frame, asked)
+        decided, cuts = _cut(frame, asked, null_lines(scores, asked, null))
+    elif null:
+        raise ConfigError("null scores are for a threshold; a budget takes none: leave null away")
     else:
         decided = _spend(frame, asked, method)
         cuts = {}
@@ -82,6 +85,65 @@ def allocate(
         cuts = {name: float(frame.lines[name][kept[name] - 1]) for name in kept}
     multiples = {n: frame.rounding[n].multiple for n in kept if frame.rounding[n].multiple > 1}
     return Counts(kept, asked, _realised(frame, kept), cuts, multiples)
+
+
+def preview(
+    scores: Scores,
+    asked: Threshold,
+    *,
+    min_keep: int = 1,
+    round_to: RoundTo = "auto",
+    homogeneous: bool = False,
+    null: Sequence[Scores] = (),
+) -> Preview:
+    """What a threshold would remove from each target, and where its cut lies among the scores.
+
+    Nothing is removed, and what `allocate` would refuse is a row with a `problem` instead of an
+    error.
+
+    Args:
+        scores, asked, min_keep, round_to, homogeneous, null: as in `allocate`.
+
+    Returns:
+        A `Preview`: `table()` for people, `to_dict()` for JSON.
+
+    Raises:
+        ConfigError: an option out of range, or a rule that cannot be applied to these scores.
+
+    Example:
+        >>> import torch
+        >>> graph = Graph({"fc.weight": WeightTarget("fc.weight", (1, 5))})
+        >>> line = torch.tensor([1.0, 9.0, 2.0, 10.0, 11.0])
+        >>> scores = Scores(graph, {"fc.weight": line}, "mine")
+        >>> print(preview(scores, Threshold("otsu")).table())
+        threshold otsu(log=False) per target, on scores of mine
+        target     units  threshold  go  share  lowest  goes to  stays from  median  largest
+        fc.weight      5          9   2  40.0%       1        2           9       9       11
+        total          5              2  40.0%
+    """
+    frame = _frame(scores, min_keep, round_to, homogeneous)
+    found = find_cuts(frame.lines, asked, null_lines(scores, asked, null))
+    decided, problems = _reached(frame, found)
+    kept = frame.expand(decided)
+    rows = []
+    for name, line in frame.lines.items():
+        n, stay = len(line), kept[name]
+        rows.append(
+            PreviewRow(
+                target=name,
+                kind=frame.graph.targets[name].kind,
+                units=n,
+                threshold=found[name].cut,
+                goes=n - stay,
+                lowest=float(line[-1]),
+                median=float(np.median(line.astype(np.float64))),
+                largest=float(line[0]),
+                goes_to=float(line[stay]) if stay < n else None,
+                stays_from=float(line[stay - 1]) if stay else None,
+                problem=problems.get(name, ""),
+            )
+        )
+    return Preview(asked.text, scores.criterion, tuple(rows))
 
 
 def same_place(graph: Graph, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -134,6 +196,11 @@ class _Frame:
 
 
 def _frame(scores: Scores, min_keep: int, round_to: RoundTo, homogeneous: bool) -> _Frame:
+    if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 1:
+        raise ConfigError(f"min_keep must be a whole number, at least 1, got {min_keep!r}")
+    check_round_to(round_to)
+    if not isinstance(homogeneous, bool):
+        raise ConfigError(f"homogeneous must be True or False, got {homogeneous!r}")
     graph = scores.graph
     orders, lines = _ranked(scores)
     classes = same_place(graph, orders) if homogeneous else {name: (name,) for name in orders}
@@ -235,47 +302,34 @@ def _up(fraction: float) -> float:
     return math.ceil(fraction * 1e4) / 1e4
 
 
-def _cut(frame: _Frame, asked: Threshold) -> tuple[Allocation, dict[str, float]]:
+def _cut(
+    frame: _Frame, asked: Threshold, nulls: Mapping[str, Line]
+) -> tuple[Allocation, dict[str, float]]:
     """Counts of the scores that are not below the threshold, and the threshold of each target."""
-    everything = np.concatenate(list(frame.lines.values()))
-    decided, cuts, problems = {}, {}, []
-    for name, members in frame.classes.items():
-        reach = {}
-        for target in members:
-            line = frame.lines[target]
-            cut = _threshold(line if asked.scope == "target" else everything, asked)
-            reach[target] = int((line >= cut).sum())
-            cuts[target] = float(cut)
-        best = max(members, key=lambda t: reach[t])
-        if reach[best] < frame.low[name]:
-            line = frame.lines[best]
-            problems.append(
-                f"{best}: {reach[best]} of {len(line)} units reach the threshold {cuts[best]:.6g}, "
-                f"its largest score is {line[0]:.6g}, at least {frame.low[name]} must stay"
-            )
-        decided[name] = min(frame.high[name], frame.rounding[name].up(reach[best]))
+    found = find_cuts(frame.lines, asked, nulls)
+    decided, problems = _reached(frame, found)
     if problems:
         raise BudgetError(
-            f"threshold {asked.rule!r} would leave too little. " + "; ".join(problems) + ". Lower "
-            "the threshold, or use a budget"
+            f"threshold {asked.rule!r} would leave too little. "
+            + "; ".join(problems.values())
+            + ". Lower the threshold, or use a budget"
             + (" or scope='target'" if asked.scope == "global" else "")
         )
-    return decided, {name: cuts[name] for name in frame.orders}
+    return decided, {name: found[name].cut for name in frame.orders}
 
 
-def _threshold(line: FloatArray, asked: Threshold) -> np.float32:
-    """The score below which units go, in the precision of the scores."""
-    wide = line.astype(np.float64)
-    match asked.rule:
-        case "value":
-            cut = asked.value or 0.0
-        case "mean":
-            cut = float(wide.mean())
-        case "k_std":
-            cut = float(wide.mean() + (asked.k or 0.0) * wide.std())
-        case "rate_mean":
-            cut = (asked.rate or 0.0) * float(wide.mean())
-        case _:
-            first = math.floor((asked.q or 0.0) * len(line) * (1 + 1e-12))
-            cut = float(np.sort(wide)[min(first, len(line) - 1)])
-    return np.float32(cut)
+def _reached(frame: _Frame, found: Mapping[str, Found]) -> tuple[Allocation, dict[str, str]]:
+    """Counts of the scores that reach their cut, and what is wrong with those that are too few."""
+    decided, problems = {}, {}
+    for name, members in frame.classes.items():
+        best = max(members, key=lambda t: found[t].reach)
+        decided[name] = min(frame.high[name], frame.rounding[name].up(found[best].reach))
+        if found[best].reach < frame.low[name]:
+            line = frame.lines[best]
+            problems[best] = f"{best}: " + (
+                found[best].why
+                or f"{found[best].reach} of {len(line)} units reach the threshold "
+                f"{found[best].cut:.6g}, its largest score is {line[0]:.6g}, at least "
+                f"{frame.low[name]} must stay"
+            )
+    return decided, problems

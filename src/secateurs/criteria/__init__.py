@@ -9,7 +9,18 @@ write the function, decorate it with `criterion`, add a row to the law tests.
 from __future__ import annotations
 
 # Importing a family registers its criteria.
-from secateurs.criteria import activation, control, directional, gradient, weight
+from secateurs.criteria import (
+    activation,
+    attribution,
+    control,
+    curvature,
+    directional,
+    gradient,
+    information,
+    synaptic,
+    weight,
+    window,
+)
 from secateurs.criteria.combination import Combination, CriterionLike, get_combination
 from secateurs.criteria.registry import (
     CRITERIA,
@@ -28,11 +39,16 @@ __all__ = [
     "Criterion",
     "CriterionLike",
     "activation",
+    "attribution",
     "control",
     "criterion",
+    "curvature",
     "directional",
     "get_combination",
     "get_criterion",
     "gradient",
+    "information",
+    "synaptic",
     "weight",
+    "window",
 ]

@@ -117,6 +117,8 @@ class Criterion:
         fn: `fn(stats) -> contribution`, pure and elementwise.
         needs: names in `STATISTICS`, all of one level.
         family: the room it lives in: weight, gradient, directional, activation, control.
+        linear: whether `fn` is linear in the gradient: sums of squared gradients are then enough
+            for its square.
         finish: applied to the signed contribution: "none", "abs", "square" or "sqrt".
         finish_on: "element": before elements are summed into units; "unit": after.
         average: "dataset": from the exact mean over all samples; "batch": finished for each batch,
@@ -140,6 +142,7 @@ class Criterion:
     fn: Callable[[Stats], Tensor]
     needs: frozenset[str]
     family: str
+    linear: bool = False
     finish: Finish = "none"
     finish_on: Literal["element", "unit"] = "unit"
     average: Literal["dataset", "batch", "sample"] = "dataset"

@@ -8,11 +8,13 @@ labels become targets with members, sites, costs, and reasons for what is left w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from secateurs.batches import call_model, clone_inputs, in_mode, model_device, preserve, tensors
 from secateurs.errors import CaptureError
@@ -80,8 +82,11 @@ def trace(
         ('2:neuron', "it is part of the model's output")
     """
     tape, notes = _captured(model, example_inputs, outputs)
+    shapes = pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.empty_like(t, device="meta"), example_inputs
+    )
     if tape is None:
-        return _masks_only(model, tuple(outputs), notes)
+        return replace(_masks_only(model, tuple(outputs), notes), inputs=shapes)
     labels = interpret(tape, Options(heads, norm))
     found = find_targets(labels, model)
     while _pin_what_cannot_follow(labels, found):
@@ -96,6 +101,7 @@ def trace(
         notes=notes,
         device=model_device(model).type,
         detail=found.detail,
+        inputs=shapes,
     )
 
 

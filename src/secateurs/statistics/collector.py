@@ -116,15 +116,21 @@ class Collector:
     Attributes:
         turn: the pass over the batches in which it works: 0 for the first; 1 for what needs a
             result of the first, such as a Hessian times the mean gradient.
+        repeats: passes over the batches that it sees, from `turn` on: epochs of what trains.
         shares: what it needs of the run that all collectors share.
+        depends: statistics that it builds on; their collectors, for the same targets and members,
+            are in `others` by name.
     """
 
     turn: ClassVar[int] = 0
-    shares: ClassVar[Literal["nothing", "forward", "backward"]] = "nothing"
+    repeats: int = 1
+    shares: Literal["nothing", "forward", "backward"] = "nothing"
+    depends: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, setting: Setting, request: Request, sums: View) -> None:
         self.setting, self.request, self.sums = setting, request, sums
         self.notes: list[str] = []
+        self.others: dict[str, Collector] = {}
 
     def begin(self, run: Run) -> None:
         """Look at the first batch before the pass, to probe or to refuse."""

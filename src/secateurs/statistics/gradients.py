@@ -2,7 +2,6 @@
 
     Gradient   the mean over all samples
     ByBatch    scores finished for each batch, then averaged by batch size
-    BySample   scores finished for each sample, then averaged
 
 No second set of gradients is ever held: each is folded into the sums as it arrives, and dropped.
 """
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.batches import checked_loss
 from secateurs.criteria import FINISH
 from secateurs.errors import ScoringError
 from secateurs.statistics.collector import (
@@ -24,14 +22,16 @@ from secateurs.statistics.collector import (
     Run,
     Setting,
     register_statistic,
-    requiring_grad,
 )
-from secateurs.statistics.jobs import Job, element_scores, member_tensors
+from secateurs.statistics.jobs import Job, member_places
 from secateurs.statistics.sums import View
-from secateurs.statistics.units import into_units, members_of, one_sample
-from secateurs.types import GroupTarget, Member, Target, WeightTarget
+from secateurs.statistics.units import into_units
+from secateurs.types import Member, Target
 
-__all__ = ["ByBatch", "BySample", "Gradient", "Scorer", "finite_gradient"]
+__all__ = ["ByBatch", "Gradient", "finite_gradient", "gradient_stats"]
+
+PART = 2**17
+"""Elements that are worked on at once: they stay in the cache of the processor."""
 
 
 class Gradient(Collector):
@@ -60,28 +60,17 @@ class Gate(Gradient):
         return self.setting.params[name].detach() * super().element(name)
 
 
-class Scorer(Collector):
-    """Collects finished scores of one criterion: what cannot wait until the end of the pass."""
-
-    def __init__(self, setting: Setting, job: Job, targets: Sequence[Target], sums: View) -> None:
-        super().__init__(setting, Request("", {}, job.criterion.members, list(targets)), sums)
-        self.job, self.criterion = job, job.criterion
-
-    def score(self, target: Target) -> Tensor:
-        """(n_units,) finished scores, the mean over all samples."""
-        return self.sums[target.name].reshape(-1) / self.n_samples
-
-
-class ByBatch(Scorer):
-    """Scores finished for each batch, from its mean gradient."""
+class ByBatch(Collector):
+    """Scores of one criterion finished for each batch, from its mean gradient."""
 
     shares = "backward"
 
     def __init__(self, setting: Setting, job: Job, targets: Sequence[Target], sums: View) -> None:
-        super().__init__(setting, job, targets, sums)
+        super().__init__(setting, Request("", {}, job.criterion.members, list(targets)), sums)
+        self.criterion = job.criterion
         self._places: dict[str, list[tuple[Target, Member | None]]] = {}
         for target in targets:
-            for name, member in _places(job, target, setting):
+            for name, member in member_places(job.criterion, target, setting.params):
                 self._places.setdefault(name, []).append((target, member))
         self._open: dict[str, Tensor] = {}
 
@@ -92,19 +81,36 @@ class ByBatch(Scorer):
     @torch.no_grad()
     def gradient(self, run: Run, name: str, grad: Tensor) -> None:
         """Fold one gradient into the units that it belongs to."""
-        c, finish = self.criterion, FINISH[self.criterion.finish]
-        values = c.fn(_stats(self.criterion.needs, self.setting.params[name].detach(), grad))
-        early = finish(values) if c.finish_on == "element" else values
+        weight = self.setting.params[name].detach()
+        groups = []
         for target, member in self._places[name]:
-            if isinstance(target, WeightTarget):
-                if c.finish == "square":
-                    self.sums.add_product(target.name, values, values, run.n)
-                else:
-                    self.sums.add(target.name, finish(values), run.n)
+            if member is None:
+                self._fold_weights(run, target.name, weight, grad)
             else:
-                assert member is not None
+                groups.append((target, member))
+        if groups:
+            c, finish = self.criterion, FINISH[self.criterion.finish]
+            values = c.fn(gradient_stats(c.needs, weight, grad))
+            values = finish(values) if c.finish_on == "element" else values
+            for target, member in groups:
                 empty = torch.zeros(target.n_units, dtype=torch.float64)
-                into_units(early, member, self._open.setdefault(target.name, empty))
+                into_units(values, member, self._open.setdefault(target.name, empty))
+
+    def _fold_weights(self, run: Run, name: str, weight: Tensor, grad: Tensor) -> None:
+        """Add the finished scores of all elements, part by part: no large tensor is made."""
+        c, finish = self.criterion, FINISH[self.criterion.finish]
+        if name not in self.sums:
+            half = weight.dtype in (torch.float16, torch.bfloat16)
+            wide = torch.float32 if half else weight.dtype
+            self.sums.add(name, torch.zeros(weight.shape, dtype=wide, device=weight.device))
+        total = self.sums[name].view(-1)
+        lines = weight.reshape(-1), grad.reshape(-1)
+        for w, g, have in zip(*(torch.split(x, PART) for x in (*lines, total)), strict=True):
+            values = c.fn(gradient_stats(c.needs, w, g))
+            if c.finish == "square" and values.dtype == have.dtype:
+                have.addcmul_(values, values, value=run.n)
+            else:
+                have.add_(finish(values), alpha=run.n)
 
     def arrived(self, run: Run) -> None:
         """Finish the units whose elements have all come."""
@@ -114,44 +120,12 @@ class ByBatch(Scorer):
             self.sums.add(name, done, run.n)
         self._open = {}
 
-
-class BySample(Scorer):
-    """Scores finished for each sample, one backward pass for each."""
-
-    def alone(self, run: Run) -> None:
-        """Run the model on every sample of the batch by itself."""
-        params, c = self.setting.params, self.criterion
-        names = self.parameters()
-        for i in range(run.n):
-            where = f"batch {run.number}, sample {i}"
-            single = one_sample(run.batch, i, run.n)
-            with requiring_grad(params[n] for n in names), torch.enable_grad():
-                assert self.setting.loss_fn is not None
-                loss = checked_loss(self.setting.model, single, self.setting.loss_fn, where)
-                every = torch.autograd.grad(loss, [params[n] for n in names], allow_unused=True)
-            grads = {
-                n: torch.zeros_like(params[n]) if g is None else finite_gradient(g, n, where)
-                for n, g in zip(names, every, strict=True)
-            }
-            for target in self.request.targets:
-                self.sums.add(
-                    target.name,
-                    element_scores(
-                        c, target, params,
-                        lambda n: _stats(c.needs, params[n].detach(), grads[n]),  # noqa: B023
-                    ),
-                )  # fmt: skip
+    def score(self, job: Job, target: Target) -> Tensor:
+        """(n_units,) finished scores, the mean over all samples."""
+        return self.sums[target.name].reshape(-1).double().cpu() / self.n_samples
 
 
-def _places(job: Job, target: Target, setting: Setting) -> list[tuple[str, Member | None]]:
-    """(parameter, where the units live in it) of one target."""
-    if isinstance(target, GroupTarget):
-        members = members_of(target, job.criterion.members, setting.params)
-        return [(m.tensor, m) for m in members]
-    return [(name, None) for name in member_tensors(job.criterion, target, setting.params)]
-
-
-def _stats(needs: Iterable[str], weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def gradient_stats(needs: Iterable[str], weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """What a criterion sees of one parameter and one gradient of it."""
     known: dict[str, Any] = {
         "weight": lambda: weight,

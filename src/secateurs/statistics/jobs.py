@@ -12,9 +12,9 @@ from secateurs.criteria import FINISH, Criterion
 from secateurs.errors import ConfigError
 from secateurs.statistics.collector import COLLECTORS
 from secateurs.statistics.units import Parameters, into_units, members_of
-from secateurs.types import Target, WeightTarget
+from secateurs.types import Member, Target, WeightTarget
 
-__all__ = ["Job", "element_scores", "make_job", "member_tensors"]
+__all__ = ["Job", "element_scores", "make_job", "member_places"]
 
 
 @dataclass
@@ -77,11 +77,16 @@ def _obstacle(criterion: Criterion, target: Target, model: nn.Module, params: Pa
     return ""
 
 
-def member_tensors(criterion: Criterion, target: Target, params: Parameters) -> list[str]:
-    """Names of the parameters over which a criterion sums for one target."""
+def member_places(
+    criterion: Criterion, target: Target, params: Parameters
+) -> list[tuple[str, Member | None]]:
+    """The parameters over which a criterion sums for one target, and where the units live there.
+
+    None for a target that is the parameter itself.
+    """
     if isinstance(target, WeightTarget):
-        return [target.name]
-    return [m.tensor for m in members_of(target, criterion.members, params)]
+        return [(target.name, None)]
+    return [(m.tensor, m) for m in members_of(target, criterion.members, params)]
 
 
 @torch.no_grad()
@@ -104,10 +109,10 @@ def element_scores(
     def contribution(name: str) -> Tensor:
         return criterion.fn(stats_of(name)).broadcast_to(params[name].shape)
 
-    if isinstance(target, WeightTarget):
-        return finish(contribution(target.name)).reshape(-1).double().cpu()
     out = torch.zeros(target.n_units, dtype=torch.float64)
-    for member in members_of(target, criterion.members, params):
-        values = contribution(member.tensor)
+    for name, member in member_places(criterion, target, params):
+        values = contribution(name)
+        if member is None:
+            return finish(values).reshape(-1).double().cpu()
         into_units(finish(values) if criterion.finish_on == "element" else values, member, out)
     return finish(out) if criterion.finish_on == "unit" else out

@@ -1,4 +1,4 @@
-"""What removing a unit does, measured unit by unit: exact, and as slow as that sounds.
+"""What removing each unit does: measured for every unit, and so as slow as that sounds.
 
 The learned members that alone remove a unit are scaled by (1 - t). At t = 1 they are zero, and so
 is the unit wherever it is read, whatever the buffers hold: the outermost producer in series comes
@@ -6,7 +6,11 @@ last (for a convolution with a batch norm, scale and shift of the norm), or, whe
 survive an activation function, the columns of all readers are zero. For 0 < t < 1 every path
 through the unit carries one factor (1 - t), so the quotient tends to <dL/dtheta, v>.
 
-The model is never changed: it is called with substituted parameters.
+    Removals     what all that measures unit by unit shares
+    Ablation     (L(theta + t v) - L(theta)) / t, or the norm of the same for outputs
+
+Many units share a run where their activations are seen exactly (`ablation.Replicated`); each target
+is checked against the one-by-one way first. The model is never changed.
 """
 
 from __future__ import annotations
@@ -14,53 +18,79 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import jvp
+import torch.fx
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateurs.batches import call_model, tensors
 from secateurs.errors import ConfigError, DataError, ScoringError
+from secateurs.statistics.ablation import (
+    OneByOne,
+    Replicated,
+    agree,
+    copies_for,
+)
 from secateurs.statistics.collector import (
     Collector,
     Request,
     Run,
     Setting,
-    call_with,
     register_statistic,
 )
+from secateurs.statistics.gates import probe_gates
 from secateurs.statistics.sums import View
-from secateurs.statistics.units import members_of
-from secateurs.types import Batch, GroupTarget, Inputs, LossFn, Target, WeightTarget
+from secateurs.types import Site, Target
 
-__all__ = ["Removals", "forward_mode", "sample_outputs"]
+__all__ = ["Ablation", "Removals", "forward_mode", "mean_norm", "sample_outputs"]
 
-Measure = Literal["loss", "output", "jvp_output"]
 TIMED = 3
-"""Units that are timed before the guard judges."""
+"""Runs that are timed before the guard judges."""
 
 
 class Removals(Collector):
-    """(L(theta + t v) - L(theta)) / t, or the same for outputs, or J v, for every unit.
+    """Something measured for each unit and batch, and averaged over the samples."""
 
-    Options: `of` is "loss" (signed difference quotient) or "output" (mean over samples of the norm
-    of the difference quotient), `step` is t. As "jvp_output" the latter in the limit, by
-    forward-mode AD.
-    """
+    what = "loss"
 
     def __init__(self, setting: Setting, request: Request, sums: View) -> None:
         super().__init__(setting, request, sums)
-        of = request.options.get("of", "loss")
-        self._measure: Measure = (
-            "jvp_output"
-            if request.statistic == "jvp_output"
-            else ("output" if of == "output" else "loss")
+        self.one_by_one = OneByOne(setting, request.members)
+        self._sites: dict[str, tuple[Site, ...]] = {}
+        self._many: Replicated | None = None
+        self._checked: set[str] = set()
+        self._seconds: list[float] | None = []
+
+    def measured(
+        self, run: Run, way: OneByOne | Replicated, target: Target, units: Sequence[int]
+    ) -> Tensor:
+        """(k,) the value of each of these units on one batch."""
+        raise AssertionError(f"{type(self).__name__} measures nothing")
+
+    def together(self, run: Run) -> dict[str, Tensor]:
+        """Target name -> (n_units,) of what can be had for all units at once."""
+        return {}
+
+    def begin(self, run: Run) -> None:
+        """Find the targets whose units can share a run."""
+        model, inputs = self.setting.model, run.inputs
+        self._sites, why = probe_gates(
+            model, run.batch, self.request.groups, self.request.members, self.setting.params
         )
-        self._step = float(request.options.get("step", 1.0))
+        if self._sites:
+            self._many = Replicated(model, self._sites, copies_for(model, inputs))
+        for target in self.request.groups:
+            if target.name in why:
+                self.slowly(target, why[target.name])
+
+    def slowly(self, target: Target, why: str) -> None:
+        """Measure the units of a target one by one from now on, and say so."""
+        self._sites.pop(target.name, None)
+        self.notes.append(f"{target.name}: units measured one by one ({why})")
 
     def alone(self, run: Run) -> None:
         """Measure every unit on one batch.
@@ -69,28 +99,79 @@ class Removals(Collector):
             ConfigError: it would take longer than `max_seconds`.
             ScoringError: removing a unit makes the loss or output not finite.
         """
-        change = self._prepare(run.batch, run.n, self.setting.loss_fn)
-        seconds: list[float] = []
+        started = time.perf_counter()
+        with torch.no_grad():
+            self.plain = call_model(self.setting.model, run.inputs)
+        known = self.together(run)
         for target in self.request.targets:
-            found = torch.zeros(target.n_units, dtype=torch.float64)
-            for unit in self.setting.alive[target.name].tolist():
-                started = time.perf_counter()
-                value = change(target, unit)
-                if not math.isfinite(value):
-                    raise ScoringError(
-                        f"batch {run.number}: removing unit {unit} of {target.name} changes the "
-                        f"{self._measure} by {value}; check the data and the model"
-                    )
-                found[unit] = value
-                if run.number == 0 and len(seconds) < TIMED:
-                    seconds.append(time.perf_counter() - started)
-                    if len(seconds) == TIMED:
-                        self._guard(min(seconds))  # the first call also loads kernels
+            alive = self.setting.alive[target.name].tolist()
+            found = known.get(target.name)
+            if found is None:
+                found = self._every(run, target, alive)
+            _check(found, alive, f"batch {run.number}", target.name, self.what)
             self.sums.add(target.name, found, run.n)
+        if self._seconds is not None:
+            units = sum(len(self.setting.alive[t.name]) for t in self.request.targets)
+            self._guard((time.perf_counter() - started) / max(1, units))
+            self._seconds = None
+
+    def _every(self, run: Run, target: Target, alive: Sequence[int]) -> Tensor:
+        """(n_units,) float64 of one target, run by run."""
+        found = torch.zeros(target.n_units, dtype=torch.float64)
+        way = self.way(run, target, alive)
+        for i in range(0, len(alive), way.room):
+            started = time.perf_counter()
+            units = alive[i : i + way.room]
+            found[units] = self.measured(run, way, target, units).detach().double().cpu()
+            if self._seconds is not None:
+                self._seconds.append((time.perf_counter() - started) / len(units))
+                if len(self._seconds) == TIMED:
+                    self._guard(min(self._seconds))  # the first run also loads kernels
+        return found
+
+    @property
+    def sites(self) -> dict[str, tuple[Site, ...]]:
+        """Sites of the targets whose gates are exact."""
+        return self._sites
 
     def unit(self, target: Target) -> Tensor:
         """(n_units,) float64, the mean over all samples seen; 0 for units not measured."""
         return self.sums[target.name] / self.n_samples
+
+    def way(self, run: Run, target: Target, alive: Sequence[int]) -> OneByOne | Replicated:
+        """Many units in a run, once that is known to give the same on this batch."""
+        if self._many is None or target.name not in self._sites or not alive:
+            return self.one_by_one
+        problem = self._problem(run, target, alive, self._many)
+        if problem:
+            self.slowly(target, problem)
+            return self.one_by_one
+        self._checked.add(target.name)
+        return self._many
+
+    @torch.no_grad()
+    def _problem(self, run: Run, target: Target, alive: Sequence[int], many: Replicated) -> str:
+        """Why copies of the batch do not give what single runs give, or an empty text.
+
+        Every batch: with nothing removed, the outputs are the plain ones, while another unit is
+        away. The first batch: so are those without the unit that changes them most.
+        """
+        first = target.name not in self._checked
+        units = alive[: many.room] if first else alive[:1]
+        t = torch.ones(len(units), dtype=torch.float64)
+        try:
+            base, outputs = many.removed(run.inputs, run.n, target, units, t, beside=True)
+        except Exception as error:  # a model may refuse another batch size in any way
+            text = f"{error}".splitlines() or [type(error).__name__]
+            return f"the model refuses copies of batch {run.number} side by side: {text[0]}"
+        if not agree(self.plain, base):
+            return f"copies of batch {run.number} side by side change the outputs"
+        if first:
+            most = max(range(len(units)), key=lambda i: _distance(outputs[i], base))
+            _, (alone,) = self.one_by_one.removed(run.inputs, run.n, target, [units[most]], t[:1])
+            if not agree(alone, outputs[most]):
+                return f"unit {units[most]} has another effect at its activation"
+        return ""
 
     def _guard(self, seconds: float) -> None:
         setting = self.setting
@@ -104,75 +185,60 @@ class Removals(Collector):
                 "'taylor', which need one backward pass for all units"
             )
 
-    def _prepare(
-        self, batch: Batch, n: int, loss_fn: LossFn | None
-    ) -> Callable[[Target, int], float]:
-        """The function (target, unit) -> change; what does not depend on the unit is done once."""
-        inputs, labels = batch
-        if self._measure == "jvp_output":
-            return lambda target, unit: self._derivative(inputs, n, target, unit)
-        with torch.no_grad():
-            before = call_model(self.setting.model, inputs)
-            if self._measure == "output":
-                start = sample_outputs(before, n)
-                return lambda t, u: (
-                    _mean_norm(_minus(sample_outputs(self._without(inputs, t, u), n), start))
-                    / self._step
-                )
-            assert loss_fn is not None
-            base = float(loss_fn(before, labels).detach())
 
-        def by_loss(target: Target, unit: int) -> float:
-            after = loss_fn(self._without(inputs, target, unit), labels)
-            return (float(after.detach()) - base) / self._step
+class Ablation(Removals):
+    """(L(theta + t v) - L(theta)) / t, or the mean norm of the same for outputs.
 
-        return by_loss
+    Options: `of` is "loss" (signed) or "output", `step` is t.
+    """
+
+    def __init__(self, setting: Setting, request: Request, sums: View) -> None:
+        super().__init__(setting, request, sums)
+        self.what = "output" if request.options.get("of") == "output" else "loss"
+        self._step = float(request.options.get("step", 1.0))
 
     @torch.no_grad()
-    def _without(self, inputs: Inputs, target: Target, unit: int) -> Any:
-        """Outputs of the model with the members of the unit scaled by (1 - step)."""
-        changed: dict[str, Tensor] = {}
-        for name, place in self._places(target, unit):
-            tensor = changed.setdefault(name, self.setting.params[name].detach().clone())
-            tensor[place] *= 1 - self._step
-        return call_with(self.setting.model, changed, inputs)
+    def measured(
+        self, run: Run, way: OneByOne | Replicated, target: Target, units: Sequence[int]
+    ) -> Tensor:
+        """(k,) difference quotients."""
+        t = torch.full((len(units),), self._step, dtype=torch.float64)
+        base, outputs = way.removed(run.inputs, run.n, target, units, t)
+        base = self.plain if base is None else base
+        if self.what == "output":
+            start = sample_outputs(base, run.n)
+            every = [sample_outputs(o, run.n) for o in outputs]
+            change = [mean_norm([a - b for a, b in zip(e, start, strict=True)]) for e in every]
+            return torch.tensor(change, dtype=torch.float64) / self._step
+        before = float(self.loss(base, run))
+        if not math.isfinite(before):
+            raise ScoringError(
+                f"batch {run.number}: the loss is {before}; check the data and the model"
+            )
+        after = torch.tensor([float(self.loss(o, run)) for o in outputs], dtype=torch.float64)
+        return (after - before) / self._step
 
-    def _derivative(self, inputs: Inputs, n: int, target: Target, unit: int) -> float:
-        """Mean over samples of ||J v||_2."""
-        point: dict[str, Tensor] = {}
-        direction: dict[str, Tensor] = {}
-        for name, place in self._places(target, unit):
-            weight = point.setdefault(name, self.setting.params[name].detach())
-            tangent = direction.setdefault(name, torch.zeros_like(weight))
-            tangent[place] -= weight[place]
-
-        def outputs(substituted: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            return tuple(sample_outputs(call_with(self.setting.model, substituted, inputs), n))
-
-        with forward_mode():
-            tangents = jvp(outputs, (point,), (direction,))[1]
-        return _mean_norm([t.detach() for t in tangents])
-
-    def _places(self, target: Target, unit: int) -> Iterator[tuple[str, Any]]:
-        """(parameter name, index expression) of everything that alone removes the unit."""
-        if isinstance(target, WeightTarget):
-            where = torch.unravel_index(torch.tensor(unit), target.shape)
-            yield target.name, tuple(where)
-            return
-        assert isinstance(target, GroupTarget)
-        for member in members_of(target, self.request.members, self.setting.params):
-            rows = torch.from_numpy(member.index[member.unit == unit])
-            yield member.tensor, (*[slice(None)] * member.dim, rows)
+    def loss(self, outputs: Any, run: Run) -> Tensor:
+        """The scalar loss of one copy of the batch."""
+        assert self.setting.loss_fn is not None
+        return self.setting.loss_fn(outputs, run.batch[1]).reshape(())
 
 
 @contextmanager
-def forward_mode() -> Iterator[None]:
-    """Kernels that know forward-mode AD: no fused recurrent, attention or encoder kernels."""
+def forward_mode(model: nn.Module | None = None) -> Iterator[None]:
+    """Kernels that know forward-mode and second derivatives: no fused recurrent or attention ones.
+
+    Args:
+        model: if it is given and holds no recurrent layer and no captured graph, convolutions keep
+            their fast kernels.
+    """
+    recurrent = (nn.RNNBase, nn.RNNCellBase, torch.fx.GraphModule, torch.jit.ScriptModule)
+    slow = model is None or any(isinstance(m, recurrent) for m in model.modules())
     mkldnn: Any = torch.backends.mkldnn  # its properties are set through descriptors
     mha = torch.backends.mha
     fused, fast = mkldnn.enabled, mha.get_fastpath_enabled()
     try:
-        mkldnn.enabled = False
+        mkldnn.enabled = fused and not slow
         mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             # torch loads its forward-mode rules through an entry point it has deprecated itself
@@ -200,20 +266,29 @@ def sample_outputs(outputs: Any, n: int) -> list[Tensor]:
     return found
 
 
-def _minus(after: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-    return [a - b for a, b in zip(after, before, strict=True)]
+def _check(found: Tensor, alive: Sequence[int], where: str, name: str, what: str) -> None:
+    """Refuse values that are not finite."""
+    broken = [unit for unit in (~torch.isfinite(found)).nonzero()[:, 0].tolist() if unit in alive]
+    if broken:
+        raise ScoringError(
+            f"{where}: removing unit {broken[0]} of {name} changes the {what} by "
+            f"{found[broken[0]].item()}; check the data and the model"
+        )
 
 
-def _mean_norm(changes: Sequence[Tensor]) -> float:
+def _distance(a: Any, b: Any) -> float:
+    """Largest difference between floating-point outputs."""
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return max(
+        (float((x - y).abs().max()) for x, y in pairs if x.is_floating_point() and x.numel()),
+        default=0.0,
+    )
+
+
+def mean_norm(changes: Sequence[Tensor]) -> float:
     """Mean over samples of the 2-norm over everything else."""
-    squares = torch.stack(
-        [
-            c.double().square().flatten(1).sum(1) if c.dim() > 1 else c.double().square()
-            for c in changes
-        ]
-    )  # (outputs, n)
-    return float(squares.sum(0).sqrt().mean())
+    squares = torch.stack([c.double().square().reshape(len(c), -1).sum(1) for c in changes])
+    return float(squares.sum(0).sqrt().mean())  # (outputs, n) -> ()
 
 
-register_statistic("ablation", Removals)
-register_statistic("jvp_output", Removals)
+register_statistic("ablation", Ablation)

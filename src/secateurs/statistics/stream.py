@@ -15,12 +15,13 @@ from torch import Tensor
 
 from secateurs.batches import call_model, checked_loss
 from secateurs.criteria import FINISH
-from secateurs.criteria.registry import STATISTICS
+from secateurs.criteria.registry import STATISTICS, Option
 from secateurs.errors import ScoringError
+from secateurs.statistics.bysample import BySample
 from secateurs.statistics.collector import COLLECTORS, Collector, Request, Run, Setting
 from secateurs.statistics.gates import UnitGates, probe_gates
-from secateurs.statistics.gradients import ByBatch, BySample, Scorer, finite_gradient
-from secateurs.statistics.jobs import Job, element_scores, member_tensors
+from secateurs.statistics.gradients import ByBatch, finite_gradient
+from secateurs.statistics.jobs import Job, element_scores, member_places
 from secateurs.statistics.sums import Sums
 from secateurs.types import GroupTarget, Site, Target
 
@@ -44,7 +45,7 @@ class Pass:
     ) -> None:
         self.setting, self.jobs, self.sums = setting, jobs, sums
         self._shared: dict[Key, Collector] = {}
-        self._scorers: dict[tuple[str, str], Scorer | UnitGates] = {}
+        self._scorers: dict[tuple[str, str], ByBatch | BySample | UnitGates] = {}
         self._without_gradient: dict[str, bool] = {}
         rest = {job.criterion.label: list(job.targets) for job in jobs}
         if first is not None:
@@ -53,7 +54,9 @@ class Pass:
             text = ",".join([*(f"{k}={v}" for k, v in key[1]), key[2]])
             view = self.sums.under(f"{request.statistic}({text})/")
             self._shared[key] = COLLECTORS[request.statistic](setting, request, view)
-        for collector in self._shared.values():
+        for key, collector in self._shared.items():
+            for need in collector.depends:
+                collector.others[need] = self._shared[_key(need, dict(key[1]), key[2])]
             if first is not None:
                 collector.begin(first)
 
@@ -75,11 +78,11 @@ class Pass:
             if sites:
                 self._open_gates(members, jobs, [groups[n] for n in sites], sites, rest)
             for job in jobs:
-                slow = [t for t in job.targets if t.name in why]
-                if job.criterion.average == "sample":
-                    job.notes += [
-                        f"{t.name}: scored one sample at a time ({why[t.name]})" for t in slow
-                    ]
+                job.notes += [
+                    f"{t.name}: no gate, so by the gradients of its weights ({why[t.name]})"
+                    for t in job.targets
+                    if t.name in why
+                ]
 
     def _open_gates(
         self,
@@ -101,18 +104,26 @@ class Pass:
     def _requests(self, rest: Mapping[str, list[Target]]) -> dict[Key, Request]:
         """What is still to be collected, each statistic once; opens what scores by batch."""
         requests: dict[Key, Request] = {}
+        by_sample: list[tuple[Job, Sequence[Target]]] = []
         for job in self.jobs:
             c, targets = job.criterion, rest[job.criterion.label]
-            if targets and c.average != "dataset":
-                make = ByBatch if c.average == "batch" else BySample
-                scorer = make(self.setting, job, targets, self.sums.under(f"{c.label}/"))
+            if targets and c.average == "sample":
+                by_sample.append((job, targets))
+            elif targets and c.average == "batch":
+                scorer = ByBatch(self.setting, job, targets, self.sums.under(f"{c.label}/"))
                 self._shared[c.label, (), ""] = scorer
                 self._scorers |= {(c.label, t.name): scorer for t in targets}
             elif targets:
                 for need in sorted(c.needs):
-                    key = _key(job, need)
-                    request = requests.setdefault(key, Request(need, dict(key[1]), c.members))
-                    request.targets.extend(t for t in targets if t not in request.targets)
+                    _ask(requests, need, c.options, c.members, targets)
+        if by_sample:
+            samples = BySample(self.setting, by_sample, self.sums.under("samples/"))
+            self._shared["samples", (), ""] = samples
+            self._scorers |= {
+                (job.criterion.label, t.name): samples
+                for job, several in by_sample
+                for t in several
+            }
         return requests
 
     # -- the pass ------------------------------------------------------------------------------
@@ -120,11 +131,11 @@ class Pass:
     @property
     def turns(self) -> int:
         """How many passes over the batches are needed."""
-        return 1 + max((c.turn for c in self._shared.values()), default=0)
+        return max((c.turn + c.repeats for c in self._shared.values()), default=1)
 
     def batch(self, turn: int, run: Run) -> None:
         """All statistics of one batch."""
-        active = [c for c in self._shared.values() if c.turn == turn]
+        active = [c for c in self._shared.values() if c.turn <= turn < c.turn + c.repeats]
         together = [c for c in active if c.shares != "nothing"]
         if together:
             self._together(run, together)
@@ -206,11 +217,9 @@ class Pass:
         """(n_units,) float64 scores of one target."""
         c = job.criterion
         scorer = self._scorers.get((c.label, target.name))
-        if isinstance(scorer, UnitGates):
-            return scorer.score(job, target)
         if scorer is not None:
-            return scorer.score(target).double().cpu()
-        held = {need: self._shared[_key(job, need)] for need in c.needs}
+            return scorer.score(job, target)
+        held = {need: self._shared[_key(need, c.options, c.members)] for need in c.needs}
         if c.level == "unit":
             return FINISH[c.finish](c.fn({n: held[n].unit(target) for n in held}))
         return element_scores(
@@ -220,10 +229,14 @@ class Pass:
     def notes(self, job: Job) -> tuple[str, ...]:
         """What a reader of these scores should know."""
         params = self.setting.params
-        used = {n for t in job.targets for n in member_tensors(job.criterion, t, params)}
+        used = {n for t in job.targets for n, _ in member_places(job.criterion, t, params)}
         dead = sorted(n for n in used if self._without_gradient.get(n)) if job.by_gradient else []
-        mine = {_key(job, n) for n in job.criterion.needs} | {(job.criterion.label, (), "")}
-        said = [note for key, c in self._shared.items() if key in mine for note in c.notes]
+        c = job.criterion
+        mine = {_key(n, c.options, c.members) for n in c.needs}
+        if c.average == "sample":
+            mine = {("samples", (), "")}
+        asked = [one for key, one in self._shared.items() if key in mine]
+        said = [note for one in asked for x in (one, *one.others.values()) for note in x.notes]
         none = [f"{n}: no gradient arrives in any batch, counted as 0" for n in dead]
         return tuple(dict.fromkeys([*job.notes, *said, *none]))
 
@@ -233,11 +246,25 @@ class Pass:
         return max((c.n_samples for c in self._shared.values()), default=0)
 
 
-def _key(job: Job, need: str) -> Key:
+def _key(need: str, options: Mapping[str, Option], members: str) -> Key:
     """What two jobs must share to share a collector."""
-    options = job.criterion.options
     shaping = tuple((o, options[o]) for o in STATISTICS[need].options if o in options)
-    return need, shaping, job.criterion.members
+    return need, shaping, members
+
+
+def _ask(
+    requests: dict[Key, Request],
+    need: str,
+    options: Mapping[str, Option],
+    members: str,
+    targets: Sequence[Target],
+) -> None:
+    """Ask for a statistic of some targets, after what it depends on."""
+    key = _key(need, options, members)
+    for other in COLLECTORS[need].depends:
+        _ask(requests, other, dict(key[1]), members, targets)
+    request = requests.setdefault(key, Request(need, dict(key[1]), members))
+    request.targets.extend(t for t in targets if t not in request.targets)
 
 
 def _unique(tensors: Sequence[Tensor]) -> list[Any]:

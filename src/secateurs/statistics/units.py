@@ -108,16 +108,18 @@ def into_units(values: Tensor, member: Member, out: Tensor) -> Tensor:
     """Add element values of one member tensor to its units, in place, in float64.
 
     Args:
-        values: one value per element of the member tensor.
+        values: (..., *shape), one value per element of the member tensor; samples may lead.
         member: where the units live.
-        out: (n_units,) float64 on the CPU.
+        out: (..., n_units) float64 on the CPU.
     """
-    others = [d for d in range(values.dim()) if d != member.dim]
+    lead = out.dim() - 1
+    dim = lead + member.dim
+    others = [d for d in range(lead, values.dim()) if d != dim]
     summed = values.sum(dim=others, dtype=torch.float64) if others else values.double()
-    line = summed.cpu()  # (..., size, ...) -> (size,)
+    line = summed.cpu()  # (..., size)
     unit = torch.from_numpy(np.ascontiguousarray(member.unit))
     index = torch.from_numpy(np.ascontiguousarray(member.index))
-    return out.index_add_(0, unit, line[index])
+    return out.index_add_(-1, unit, line[..., index])
 
 
 def noise(target: Target, seed: str) -> Tensor:

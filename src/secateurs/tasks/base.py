@@ -28,6 +28,7 @@ __all__ = [
     "Task",
     "TrainRecipe",
     "accuracy",
+    "accuracy_and_auc",
     "auc_and_accuracy",
     "available",
     "get_task",
@@ -36,6 +37,8 @@ __all__ = [
 
 Metric = Callable[[nn.Module, Batches], dict[str, float]]
 """`metric(model, batches)`: the first entry is the main metric; larger is better."""
+Field = Literal["image", "medical", "speech", "text"]
+Granularity = Literal["neuron", "channel", "hidden", "structured"]
 N_CALIBRATION, CALIBRATION_BATCH, EVALUATION_BATCH = 512, 64, 500
 
 
@@ -120,12 +123,12 @@ class Task:
 
     name: str
     description: str
-    kind: Literal["image", "medical", "speech"]
+    kind: Field
     source: Source
     read: Read
     build: Callable[[], nn.Module]
     train_recipe: TrainRecipe
-    default_granularity: Literal["neuron", "channel", "hidden"]
+    default_granularity: Granularity
     loss_fn: LossFn
     metric: Metric
     n_train: int | None = None
@@ -210,6 +213,12 @@ def auc_and_accuracy(model: nn.Module, batches: Batches) -> dict[str, float]:
     return {"auc": auc, "accuracy": (logits.argmax(1) == labels).double().mean().item()}
 
 
+def accuracy_and_auc(model: nn.Module, batches: Batches) -> dict[str, float]:
+    """The entries of `auc_and_accuracy`, accuracy first."""
+    both = auc_and_accuracy(model, batches)
+    return {"accuracy": both["accuracy"], "auc": both["auc"]}
+
+
 TASKS: dict[str, Task] = {}
 """All tasks by name, in the order of registration."""
 
@@ -218,10 +227,10 @@ def task(
     name: str,
     description: str,
     *,
-    kind: Literal["image", "medical", "speech"],
+    kind: Field,
     data: tuple[Source, Read],
     recipe: TrainRecipe,
-    granularity: Literal["neuron", "channel", "hidden"],
+    granularity: Granularity,
     metric: Metric = accuracy,
     n_train: int | None = None,
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:

@@ -45,7 +45,10 @@ SUBSET_SEED, N_VALIDATION = 0, 2000  # of the training subset of Fashion-MNIST
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Inputs (n, ...) float32 and labels (n,) int64 of each part; no sample is in two parts."""
+    """Inputs (n, ...) and labels (n,) int64 of each part; no sample is in two parts.
+
+    Inputs are float32, or int64 ids of tokens.
+    """
 
     train: Part
     validation: Part

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["MLP", "DigitsCNN", "LeNet5", "RecurrentClassifier", "ResNet20"]
+from secateurs.errors import FileFormatError
+
+__all__ = [
+    "MLP",
+    "DigitsCNN",
+    "LeNet5",
+    "MiniLM",
+    "RecurrentClassifier",
+    "ResNet20",
+    "TextTransformer",
+]
 
 
 class MLP(nn.Module):
@@ -123,4 +137,104 @@ class RecurrentClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         states = self.rnn(x)[0]  # (n, time, hidden)
         out: Tensor = self.head(states[:, -1])
+        return out
+
+
+class _TextBlock(nn.Module):
+    """One encoder layer: attention, then a feed-forward network, each behind its own layer norm."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = [nn.Linear(width, width) for _ in range(3)]
+        self.out = nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.norm1(x)  # (n, time, width); mask: (n, 1, 1, time), True = may be looked at
+        q, k, v = [
+            layer(y).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (n, heads, time, d)
+            for layer in (self.query, self.key, self.value)
+        ]
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        y = self.fc2(functional.gelu(self.fc1(self.norm2(x))))
+        out: Tensor = x + self.dropout(y)
+        return out
+
+
+class TextTransformer(nn.Module):
+    """A Transformer encoder over token ids (n, time), 0 = padding; the mean token is classified."""
+
+    def __init__(
+        self,
+        n_tokens: int,
+        length: int,
+        *,
+        width: int = 64,
+        heads: int = 4,
+        hidden: int = 256,
+        layers: int = 2,
+        dropout: float = 0.2,
+        n_classes: int = 2,
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(n_tokens, width)
+        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            [_TextBlock(width, heads, hidden, dropout) for _ in range(layers)]
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, n_classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        real = ids != 0  # (n, time)
+        x = self.dropout(self.tokens(ids) + self.positions)
+        for block in self.blocks:
+            x = block(x, real[:, None, None, :])
+        out: Tensor = self.head(_mean_of_real(self.norm(x), real))
+        return out
+
+
+def _mean_of_real(x: Tensor, real: Tensor) -> Tensor:
+    """Mean over the tokens that are no padding: (n, time, d), (n, time) -> (n, d)."""
+    weights = real.unsqueeze(2).to(x.dtype)
+    return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+class MiniLM(nn.Module):
+    """The encoder all-MiniLM-L6-v2 with its pretrained weights over ids (n, time), 0 = padding.
+
+    The mean token is classified by a linear layer that is initialised from the global torch seed.
+
+    Args:
+        folder: holds config.json and model.safetensors.
+        n_classes: outputs.
+
+    Raises:
+        FileFormatError: the file of the weights is damaged or of another network.
+    """
+
+    def __init__(self, folder: Path, n_classes: int = 2) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig.from_json_file(folder / "config.json")
+        self.encoder = BertModel(config, add_pooling_layer=False)
+        path = folder / "model.safetensors"
+        try:
+            held = load_file(path)  # also of parts that are not used here
+            self.encoder.load_state_dict({name: held[name] for name in self.encoder.state_dict()})
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise FileFormatError(f"{path}: not the weights of this encoder: {error}") from error
+        self.head = nn.Linear(config.hidden_size, n_classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        real = ids != 0  # (n, time)
+        states = self.encoder(input_ids=ids, attention_mask=real.long()).last_hidden_state
+        out: Tensor = self.head(_mean_of_real(states, real))
         return out

@@ -58,9 +58,9 @@ def dense_checkpoint(
     """The trained dense network of a task, from the cache if it was trained before.
 
     The cache is the folder `$SECATEURS_CACHE`, by default `~/.cache/secateurs`. A file is named
-    after task, seed, and a hash of what decides the weights (recipe, training data, source of the
-    network, versions of torch and secateurs). A damaged file is reported by a warning, and the
-    network is trained again.
+    after task, seed, and a hash of what decides the weights (recipe, training data, source and
+    initial weights of the network, versions of torch and secateurs). A damaged file is reported by
+    a warning, and the network is trained again.
 
     Args:
         task: from `get_task`.
@@ -102,6 +102,7 @@ def _fingerprint(task: Task, data: Data) -> str:
     source = getattr(sys.modules.get(type(model).__module__), "__file__", None)
     if source is not None:
         digest.update(Path(source).read_bytes())
+    digest.update(_checksum(model.state_dict()).encode())  # they may be pretrained
     for inputs, targets in data.train:
         digest.update(inputs.numpy())
         digest.update(targets.numpy())
