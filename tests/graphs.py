@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -147,7 +147,8 @@ def _case(
     model = model.to(dtype)
     randomise(model, seed)
     batches = data(shape, 3, (4, 4, 2), seed + 1, dtype)
-    return Case(model, build(model, groups, uses), batches, nn.functional.cross_entropy)
+    graph = replace(build(model, groups, uses), inputs=batches[0][0].to("meta"))
+    return Case(model, graph, batches, nn.functional.cross_entropy)
 
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
@@ -206,7 +207,8 @@ def bare_norm(dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
     members = tuple(m for m in group.members if m.tensor not in ("1.weight", "1.bias"))
     bare = GroupTarget(group.name, group.kind, 4, members, group.sites)
     uses = {"0.weight": 16.0, "5.weight": 1.0}
-    return Case(case.model, build(case.model, [bare], uses), case.batches, case.loss_fn)
+    graph = replace(build(case.model, [bare], uses), inputs=case.graph.inputs)
+    return Case(case.model, graph, case.batches, case.loss_fn)
 
 
 class LastStep(nn.Module):

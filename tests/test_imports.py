@@ -23,7 +23,7 @@ LAYERS = (
     "batches",
     "graph cost criteria schedules",
     "statistics selection scores",
-    "scoring allocation masks",
+    "scoring watching allocation masks",
     "finetuning surgery controls testing",
     "macs health carrying",
     "latency diagnosis",

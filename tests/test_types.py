@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from secateurs.asked import THRESHOLD_PARAMETER
+from secateurs.asked import RULES, Parameter
 from secateurs.errors import ConfigError
 from secateurs.types import (
     KINDS,
@@ -93,36 +93,73 @@ def test_a_budget_as_a_fraction_of_the_dense_model() -> None:
 
 
 GOOD: dict[str, dict[str, float]] = {
-    "value": {"value": -1.0}, "mean": {}, "k_std": {"k": -2.0}, "rate_mean": {"rate": 0.5},
-    "quantile": {"q": 0.0},
+    "value": {"value": -1.0}, "mean": {}, "k_std": {"k": -2.0}, "mad": {"k": -2.0}, "otsu": {},
+    "rate_mean": {"rate": 0.5}, "quantile": {"q": 0.0}, "gaussian_mixture": {}, "knee": {},
+    "permutation": {"fdr": 0.1},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", THRESHOLD_PARAMETER)
-def test_every_threshold_rule_takes_its_parameter_and_no_other(rule: str) -> None:
-    Threshold(rule, **GOOD[rule])  # type: ignore[arg-type]
+@pytest.mark.parametrize("rule", RULES)
+def test_every_threshold_rule_takes_its_parameters_and_no_other(rule: str) -> None:
+    asked = Threshold(rule, **GOOD[rule])  # type: ignore[arg-type]
+    assert asked.parameters.keys() == RULES[rule].parameters.keys()
     if GOOD[rule]:
-        with pytest.raises(ConfigError, match=f"needs {THRESHOLD_PARAMETER[rule]}="):
+        with pytest.raises(ConfigError, match=f"needs {next(iter(GOOD[rule]))}=, got none"):
             Threshold(rule)
-    other = "k" if rule != "k_std" else "q"
-    with pytest.raises(ConfigError, match=f"takes no {other}"):
+    other = "rate" if rule != "rate_mean" else "q"
+    takes = ", ".join(RULES[rule].parameters) or "no parameter"
+    with pytest.raises(ConfigError, match=f"takes no {other}; it takes {takes}$"):
         Threshold(rule, **{**GOOD[rule], other: 0.5})  # type: ignore[arg-type]
+
+
+def test_defaults_of_a_threshold_are_filled_in() -> None:
+    assert Threshold("otsu").parameters == {"log": False}
+    assert Threshold("otsu", log=True).parameters == {"log": True}
+    assert Threshold("k_std", k=1).parameters == {"k": 1}
+
+
+def test_a_threshold_as_text() -> None:
+    assert Threshold("k_std", k=-0.5).text == "k_std(k=-0.5) per target"
+    assert Threshold("otsu", log=True, scope="global").text == "otsu(log=True) over all targets"
+    assert Threshold("mean").text == "mean() per target"
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"rule": "quantil", "q": 0.5}, "Did you mean 'quantile'"),
+        ({"rule": "otsoo"}, "Did you mean 'otsu'"),
         ({"rule": "mean", "scope": "all"}, "unknown threshold scope 'all'"),
         ({"rule": "quantile", "q": 90}, r"q must be in \[0, 1\)\. Did you mean 0\.9\?"),
         ({"rule": "quantile", "q": 1.0}, r"q must be in \[0, 1\)"),
-        ({"rule": "rate_mean", "rate": -1}, "at least 0"),
+        ({"rule": "permutation", "fdr": 5}, r"fdr must be in \(0, 1\)\. Did you mean 0\.05\?"),
+        ({"rule": "permutation", "fdr": 0.0}, r"fdr must be in \(0, 1\)$"),
+        ({"rule": "rate_mean", "rate": -1}, "rate must be at least 0"),
         ({"rule": "value", "value": float("nan")}, "must be finite"),
+        ({"rule": "k_std", "k": "1"}, "k must be a number"),
+        ({"rule": "k_std", "k": True}, "k must be a number"),
+        ({"rule": "otsu", "log": 1}, "log must be True or False"),
+        ({"rule": "otsu", "log": True, "k": 1}, "takes no k; it takes log"),
     ],
 )
 def test_a_threshold_out_of_range(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Threshold(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "good", "bad", "text"),
+    [
+        (Parameter(low=0.0, high=1.0), [0, 0.5, 1.0], [-0.1, 1.1], r"x must be in [0, 1]"),
+        (Parameter(low=0.0, high=1.0, ends="(]"), [0.1, 1], [0], "x must be in (0, 1]"),
+        (Parameter(low=0.0, ends="(]"), [1e-9], [0], "x must be above 0"),
+    ],
+)
+def test_ranges_of_parameters(
+    parameter: Parameter, good: list[float], bad: list[float], text: str
+) -> None:
+    assert [parameter.problem("x", v) for v in good] == [None] * len(good)
+    assert [parameter.problem("x", v) for v in bad] == [text] * len(bad)
 
 
 def test_granularities() -> None:

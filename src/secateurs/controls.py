@@ -8,6 +8,9 @@ A control changes one link of the run and leaves the rest (budget, schedule, fin
     random-labels   scores are computed on targets shuffled among all samples
     reinit          the last cut keeps the structure but starts from fresh weights
 
+`null_scores` gives what a criterion scores when labels say nothing: what Threshold("permutation")
+compares with.
+
 References:
     Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the Mark?, 2021,
     arXiv:2009.08576.
@@ -17,16 +20,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateurs.batches import iterate, model_device
+from secateurs.criteria import Combination, CriterionLike, get_combination
 from secateurs.errors import ConfigError
 from secateurs.masks import apply_masks_
-from secateurs.types import Batch, Batches, Scores
+from secateurs.scoring import Options, score
+from secateurs.types import Batch, Batches, LossFn, Scores
 
-__all__ = ["CONTROLS", "controlled_scores", "reinitialise_", "resets", "shuffled_targets"]
+__all__ = [
+    "CONTROLS",
+    "check_null",
+    "controlled_scores",
+    "null_scores",
+    "reinitialise_",
+    "resets",
+    "shuffled_targets",
+]
 
 CONTROLS = ("random", "shuffle", "invert", "random-labels", "reinit")
 """Names that `control` accepts."""
@@ -75,13 +90,75 @@ def shuffled_targets(batches: Batches, model: nn.Module, seed: int) -> list[Batc
         isinstance(t, Tensor) and t.dim() and t.shape[1:] == found[0].shape[1:] for t in found
     ):
         raise ConfigError(
-            'control "random-labels" needs targets that are one tensor per batch, with entries of '
-            "one shape"
+            'shuffling labels (control "random-labels", threshold "permutation") needs targets '
+            "that are one tensor per batch, with entries of one shape"
         )
     joined = torch.cat(found)
     order = torch.randperm(len(joined), generator=torch.Generator().manual_seed(seed))
     parts = torch.split(joined[order.to(joined.device)], [len(t) for t in found])
     return [(inputs, part) for (inputs, _), part in zip(pairs, parts, strict=True)]
+
+
+def null_scores(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn | None = None,
+    *,
+    criterion: CriterionLike | Combination = "taylor",
+    repeats: int = 20,
+    **options: Unpack[Options],
+) -> list[Scores]:
+    """What the criterion scores when labels say nothing: (repeats,) scores on shuffled labels.
+
+    Each repeat permutes the targets among all samples (`shuffled_targets`) and scores once, so the
+    cost is that of `repeats` passes. To tell a single unit apart at a false-discovery rate of fdr,
+    Threshold("permutation") needs about 1 / fdr repeats.
+
+    A null is fair when labels without information leave the score of an idle unit as it is: so for
+    mutual information. A trained model fits its labels, and wrong ones give larger gradients than
+    right ones, so criteria made of gradients score *higher* on shuffled labels: little or nothing
+    beats them there.
+
+    Args:
+        model, batches, loss_fn, criterion: as in `score`, and as for the scores to be compared.
+        repeats: how often the labels are shuffled, at least 1.
+        **options: other keywords of `score`; `seed` also decides the permutations.
+
+    Raises:
+        ConfigError: the criterion does not see labels, several criteria are combined, or targets
+            are not tensors with one entry of one shape for each sample.
+        Others as `score`.
+    """
+    asked = check_null(criterion)
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ConfigError(f"repeats must be a whole number, at least 1, got {repeats!r}")
+    draws = np.random.SeedSequence(options.get("seed", 0)).generate_state(repeats)
+    return [
+        score(
+            model, shuffled_targets(batches, model, int(draw)), loss_fn, criterion=asked, **options
+        )
+        for draw in draws
+    ]
+
+
+def check_null(criterion: CriterionLike | Combination) -> Combination:
+    """The criterion, if scores on shuffled labels mean something for it.
+
+    Raises:
+        ConfigError: it does not see labels, or combines criteria.
+    """
+    asked = get_combination(criterion)
+    if asked.how is not None:
+        raise ConfigError(
+            f"{asked.label} scales the scores of its parts by those of all units, so what they are "
+            'on shuffled labels is lost: use one criterion with threshold "permutation"'
+        )
+    if not asked.sees_labels:
+        raise ConfigError(
+            f'threshold "permutation" compares with shuffled labels, and criterion {asked.label!r} '
+            "does not see the targets: it would score the same. Use one that does"
+        )
+    return asked
 
 
 def resets(model: nn.Module) -> list[Callable[[], object]]:

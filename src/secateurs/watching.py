@@ -22,7 +22,7 @@ from secateurs.errors import ConfigError
 from secateurs.statistics import Job, Sums, check_fits, make_job
 from secateurs.statistics.ablation import same_name
 from secateurs.statistics.gradients import finite_gradient
-from secateurs.statistics.jobs import element_scores, member_tensors
+from secateurs.statistics.jobs import element_scores, member_places
 from secateurs.statistics.window import FOLDS, full_precision
 from secateurs.types import Graph, Plan, Scores, Target, WeightTarget
 
@@ -106,7 +106,7 @@ class Watching(Generic[Found]):
     def _read(self, job: Job) -> list[str]:
         """Names of the parameters that one criterion reads, each once."""
         c = job.criterion
-        every = [n for t in job.targets for n in member_tensors(c, t, self._params)]
+        every = [n for t in job.targets for n, _ in member_places(c, t, self._params)]
         return list(dict.fromkeys(self._names[name] for name in every))
 
     def _scores(self, job: Job, previous: Plan | None) -> Scores:
@@ -122,7 +122,7 @@ class Watching(Generic[Found]):
 
         values, not_scored = {}, dict(job.not_scored)
         for target in job.targets:
-            inside = {self._names[n] for n in member_tensors(c, target, self._params)}
+            inside = {self._names[n] for n, _ in member_places(c, target, self._params)}
             if not inside & trained:
                 not_scored[target.name] = "the optimizer trains none of its weights"
                 continue

@@ -176,15 +176,15 @@ def test_what_captum_cannot_see_is_not_scored() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.b(torch.relu(self.a(torch.relu(self.a(x)))))
+            out: Tensor = self.b(torch.relu(self.a(x))) + self.b(torch.tanh(self.a(-x)))
             return out
 
-    net, x = Twice(), torch.randn(4, 3)
+    net, x = Twice(), torch.ones(4, 3)
     graph = trace(net, x)
-    with pytest.raises(ConfigError, match=r"a is called several times|graph has no such targets"):
+    with pytest.raises(ConfigError, match="b is called several times"):
         score(net, [(x, None)], mean_output, criterion="conductance", graph=graph)
 
 
@@ -197,7 +197,7 @@ def test_a_unit_that_the_loss_does_not_see_is_named() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.b(torch.relu(self.a(x))), self.c(x)
 
-    net, x = Side(), torch.randn(4, 3)
+    net, x = Side(), torch.ones(4, 3)
     loss: LossFn = lambda outputs, _: outputs[1].mean()  # noqa: E731
     with pytest.raises(ScoringError, match="Captum cannot attribute the loss to a:neuron"):
         score(net, [(x, None)], loss, criterion="conductance", graph=trace(net, x))

@@ -152,7 +152,7 @@ def test_the_number_of_copies_depends_on_sizes_only(monkeypatch: pytest.MonkeyPa
     assert copies_for(net, torch.zeros(1000, 4)) == 1
     case = CASES["conv"]()
     wide = run(case, "finite_difference")
-    for budget in (1, 1500, 3000):  # one by one at the gates; ragged runs of a few
+    for budget in (1, 1500, 3000):  # one by one; ragged runs of a few
         monkeypatch.setitem(ablation.COPY_BYTES, "cpu", budget)
         for criterion in ("finite_difference", {"name": "directional", "order": 2}):
             found(case, criterion)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from secateurs.errors import ConfigError, DataError, ScoringError
 from secateurs.tasks import TASKS, TrainRecipe, available, get_task, task
-from secateurs.tasks.base import accuracy, auc_and_accuracy
+from secateurs.tasks.base import accuracy, accuracy_and_auc, auc_and_accuracy
 from secateurs.tasks.data import SKLEARN, read_digits
+from secateurs.tasks.text import MINILM
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Expected:
     granularity: str
 
 
+# Of the text Transformer's layer: four projections, two feed-forward ones, two norms.
+LAYER = 4 * 65 * 64 + 65 * 256 + 257 * 64 + 2 * 128
 DIGITS, FASHION, VOWELS = (1078, 360, 359), (55_000, 5_000, 10_000), (216, 54, 370)
 # ResNet-20 is published with 269,722: 288 go with two input channels, 2,752 are 1x1 shortcuts.
 EXPECTED = {
@@ -42,6 +45,17 @@ EXPECTED = {
     ),
     "vowels-lstm": Expected((29, 12), 9, VOWELS, 4 * 64 * (12 + 64 + 2) + 65 * 9, "hidden"),
     "vowels-gru": Expected((29, 12), 9, VOWELS, 3 * 64 * (12 + 64 + 2) + 65 * 9, "hidden"),
+    "spam-transformer": Expected(
+        (128,),
+        2,
+        (3_333, 1_111, 1_111),
+        (4096 + 128) * 64 + 2 * LAYER + 128 + 65 * 2,
+        "structured",
+    ),
+    # The published 22,713,216 without the pooling layer.
+    "spam-minilm": Expected(
+        (64,), 2, (1_500, 500, 1_111), 22_713_216 - 385 * 384 + 385 * 2, "structured"
+    ),
 }
 MISSING = {name: available(get_task(name)) for name in EXPECTED}
 
@@ -56,6 +70,12 @@ def named(names: list[str]) -> list[object]:
     ]
 
 
+def samples(name: str, n: int) -> Tensor:
+    """Random inputs of a task: numbers, or ids of tokens."""
+    shape = (n, *EXPECTED[name].sample)
+    return torch.randint(1, 4096, shape) if get_task(name).kind == "text" else torch.randn(shape)
+
+
 def test_every_task_has_a_row() -> None:
     assert set(TASKS) == set(EXPECTED)
     assert all(TASKS[name].name == name for name in TASKS)
@@ -64,6 +84,8 @@ def test_every_task_has_a_row() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_network_fits_its_data_and_follows_the_seed(name: str) -> None:
     expected, chosen = EXPECTED[name], get_task(name)
+    if name == "spam-minilm" and not MINILM.present():
+        pytest.skip(f"its network needs {MINILM.needs}")
     torch.manual_seed(0)
     model = chosen.build()
     torch.manual_seed(0)
@@ -72,7 +94,7 @@ def test_the_network_fits_its_data_and_follows_the_seed(name: str) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
-    assert model(torch.randn(3, *expected.sample)).shape == (3, expected.n_classes)
+    assert model(samples(name, 3)).shape == (3, expected.n_classes)
     assert chosen.default_granularity == expected.granularity
     assert "install" in chosen.needs
 
@@ -87,7 +109,8 @@ def test_the_data_is_as_stated(name: str) -> None:
         assert sum(len(y) for _, y in batches) == data.sizes[part]
         for x, y in batches:
             assert x.shape == (len(y), *expected.sample)
-            assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+            assert x.dtype == (torch.int64 if chosen.kind == "text" else torch.float32)
+            assert y.dtype == torch.int64
         labels = torch.cat([y for _, y in batches])
         assert torch.unique(labels).tolist() == list(range(expected.n_classes))
     assert {len(y) for _, y in data.train[:-1]} == {chosen.train_recipe.batch_size}
@@ -99,7 +122,9 @@ def test_the_data_is_as_stated(name: str) -> None:
     assert torch.equal(data.example_inputs, train[:4])
 
 
-@pytest.mark.parametrize("name", named(["digits-mlp", "cancer-mlp", "vowels-gru"]))
+@pytest.mark.parametrize(
+    "name", named(["digits-mlp", "cancer-mlp", "vowels-gru", "spam-transformer"])
+)
 def test_load_follows_the_seed_and_leaves_the_random_state(name: str) -> None:
     state = torch.get_rng_state()
     first, again, other = (get_task(name).load(seed) for seed in (0, 0, 1))
@@ -177,7 +202,13 @@ def test_auc_needs_both_classes() -> None:
         auc_and_accuracy(nn.Identity(), logits_batches([[0, 1]] * 4, [1] * 4))
 
 
-@pytest.mark.parametrize("metric", [accuracy, auc_and_accuracy])
+def test_the_same_two_with_accuracy_first() -> None:
+    batches = logits_batches([[0, m] for m in (0.1, -0.4, 0.4, 0.8)], [0, 0, 1, 1])
+    got = accuracy_and_auc(nn.Identity(), batches)
+    assert list(got.items()) == [("accuracy", 0.75), ("auc", 1.0)]
+
+
+@pytest.mark.parametrize("metric", [accuracy, auc_and_accuracy, accuracy_and_auc])
 def test_a_diverged_model_has_no_metric(metric: object) -> None:
     assert callable(metric)
     with pytest.raises(ScoringError, match="nan or inf"):

@@ -311,8 +311,9 @@ def _cut(
     if problems:
         raise BudgetError(
             f"threshold {asked.rule!r} would leave too little. "
-            + "; ".join(problems.values())
-            + ". Lower the threshold, or use a budget"
+            + "; ".join(dict.fromkeys(problems.values()))
+            + (". Raise fdr" if asked.needs_null else ". Lower the threshold")
+            + ", or use a budget"
             + (" or scope='target'" if asked.scope == "global" else "")
         )
     return decided, {name: found[name].cut for name in frame.orders}
@@ -326,9 +327,8 @@ def _reached(frame: _Frame, found: Mapping[str, Found]) -> tuple[Allocation, dic
         decided[name] = min(frame.high[name], frame.rounding[name].up(found[best].reach))
         if found[best].reach < frame.low[name]:
             line = frame.lines[best]
-            problems[best] = f"{best}: " + (
-                found[best].why
-                or f"{found[best].reach} of {len(line)} units reach the threshold "
+            problems[best] = found[best].why or (
+                f"{best}: {found[best].reach} of {len(line)} units reach the threshold "
                 f"{found[best].cut:.6g}, its largest score is {line[0]:.6g}, at least "
                 f"{frame.low[name]} must stay"
             )

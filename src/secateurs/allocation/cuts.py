@@ -23,7 +23,7 @@ class Found:
     Attributes:
         cut: in the precision of the scores; inf when nothing reaches it.
         reach: how many units do.
-        why: the reason of the rule when it lets none.
+        why: the reason of the rule when it lets none, with the name of the target.
     """
 
     cut: float
@@ -71,7 +71,7 @@ def _cut(scores: Line, asked: Threshold, null: Line, where: str) -> tuple[np.flo
     except ConfigError as error:
         raise ConfigError(f"{rule}: {error}") from error
     except BudgetError as error:
-        return np.float32(np.inf), str(error)
+        return np.float32(np.inf), f"{where}: {error}"
     if math.isnan(cut):
         raise ScoringError(
             f"{rule}: the rule gave nan; a rule gives a number for any finite scores"

@@ -4,10 +4,10 @@
     p        the parameters of the rule by name, checked, defaults filled in
     null     (m,) float64, ascending: scores on shuffled labels; empty for rules that need none
 
-A unit goes when its score is strictly below the cut, so equal scores share their fate. No rule
-removes anything from scores that are all equal, with two exceptions that say so themselves: "value"
-and "rate_mean" may lie above them. A rule that finds nothing to cut at returns the lowest score; a
-cut that leaves too little is an error of `allocate`.
+A unit goes when its score is strictly below the cut, so equal scores share their fate. Scores that
+are all equal are never told apart: all stay, or (only with "value", "rate_mean" and "permutation")
+all would go, which is an error of `allocate`. A rule that finds no place to cut returns the lowest
+score.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from secateurs.asked import RULES, THRESHOLD_FIELDS, Rule, Threshold
+from secateurs.asked import RULES, THRESHOLD_FIELDS, Rule
 from secateurs.errors import BudgetError, ConfigError, choose
 
 __all__ = ["THRESHOLDS", "CutRule", "Line", "threshold", "two_gaussians"]
@@ -35,6 +35,10 @@ FITTED = 10_000
 ROUNDS, TOLERANCE, VARIANCE = 2000, 1e-9, 1e-6
 """Rounds of EM at most, the gain in mean log-likelihood at which it stops, and what every variance
 is raised by, so that a single value is no component of infinite likelihood."""
+GRADIENTS = (
+    ". Scores on shuffled labels are the higher ones, as gradients of a trained model are: wrong "
+    "labels pull harder; use a criterion such as mutual_information"
+)
 STRAIGHT = 1e-6
 """Sorted scores nearer than this to their chord, as a share of their range, have no corner."""
 
@@ -51,7 +55,7 @@ def threshold(name: str, rule: Rule | None = None) -> Callable[[CutRule], CutRul
         ConfigError: the name is taken, or a parameter is not a field of `Threshold`.
 
     Example:
-        >>> from secateurs.asked import RULES, Rule
+        >>> from secateurs.asked import RULES, Rule, Threshold
         >>> @threshold("half_of_largest", Rule("half of the largest score"))
         ... def half_of_largest(scores, p, null):
         ...     return scores[-1] / 2
@@ -114,7 +118,7 @@ def mad(scores: Line, p: Mapping[str, float], null: Line) -> float:
 
 @threshold("rate_mean")
 def rate_mean(scores: Line, p: Mapping[str, float], null: Line) -> float:
-    """Rate x mean; a rate above 1 lies above scores that are all equal."""
+    """Rate x mean; above equal scores when the rate is above 1 or they are negative."""
     return p["rate"] * float(scores.mean())
 
 
@@ -281,9 +285,10 @@ def permutation(scores: Line, p: Mapping[str, float], null: Line) -> float:
         )
     within = np.flatnonzero(p_values <= fdr * np.arange(1, n + 1) / n * (1 + 1e-12))
     if not len(within):
+        higher = np.median(null) > np.median(scores)
         raise BudgetError(
             f"none of {n} scores beats shuffled labels at a false-discovery rate of {fdr:g}: the "
             f"largest is {best_first[0]:.6g} (p-value {p_values[0]:.3g}), that of shuffled labels "
-            f"{null[-1]:.6g}"
+            f"{null[-1]:.6g}" + GRADIENTS * bool(higher)
         )
     return float(best_first[within[-1]])

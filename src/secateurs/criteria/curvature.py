@@ -138,8 +138,9 @@ def obd(stats: Stats) -> Tensor:
 
     Use it on converged networks, where the gradient is nearly zero and curvature is all there is.
 
-    Avoid it on relu networks with single weights and few probes: the noise is that of all other
-    weights, and `fisher` is steadier. Away from a minimum use `taylor_second`.
+    Avoid it with few probes in large networks: cross terms of all other units are the noise, and it
+    grows with their number. For units `gauss_newton` is cheaper and far steadier, for single
+    weights `fisher`.
     """
     return 0.5 * stats["curvature"]
 
@@ -163,9 +164,11 @@ def taylor_second(stats: Stats) -> Tensor:
     that also counts what other units would do if they were removed as well. Random signs restrict
     the product to the unit itself, which agrees better with the exact ablation.
 
-    Use it as the closest estimate of the exact ablation that needs no run for every unit.
+    Use it where the second derivatives of the network itself matter (smooth activation functions,
+    gating), with many probes.
 
-    Avoid it where one probe is all that can be paid: its noise then outweighs what it adds.
+    Avoid it where a few probes are all that can be paid: their noise then outweighs what they add,
+    and `gauss_newton` comes nearer to the exact ablation.
     """
     return -stats["slope"] + 0.5 * stats["curvature"]
 

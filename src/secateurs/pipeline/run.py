@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateurs.bars import Progress, bar, epoch_text
-from secateurs.controls import controlled_scores, reinitialise_, shuffled_targets
+from secateurs.controls import controlled_scores, null_scores, reinitialise_, shuffled_targets
 from secateurs.errors import BudgetError, ConfigError, choose
 from secateurs.filters import Patterns
 from secateurs.finetuning import Finetune, FinetuneResult, finetune
@@ -307,13 +307,28 @@ class _Run:
         )  # fmt: skip
         scores = controlled_scores(scores, stage.control, self.seed + len(self.steps))
         asked = stage.asked_at(step, self.graph)
-        counts = stage.allocated(scores, asked)
+        counts = stage.allocated(scores, asked, self.null(stage, samples))
         self.plan = select(scores, counts, previous=self.plan)
         final = step == stage.steps.steps
         if not self.plan.n_removed and (final or isinstance(asked, Threshold)):
             raise BudgetError(f"{given(asked)} removes nothing: all scores reach it")
         apply_masks_(self.work, self.plan.masks)
         return scores, counts
+
+    def null(self, stage: Stage, samples: Batches) -> list[Scores]:
+        """Scores on shuffled labels, for a threshold that compares with them."""
+        if not stage.null_repeats:
+            return []
+        seed = self.seed + len(self.steps)
+        drawn = null_scores(
+            self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,
+            granularity=stage.granularity, previous=self.plan, seed=seed,
+            repeats=stage.null_repeats,
+            progress=lambda i, n: self.tell(
+                f"score shuffled labels: batch {i} of {n or '?'}", len(self.steps)
+            ),
+        )  # fmt: skip
+        return [controlled_scores(scores, stage.control, seed) for scores in drawn]
 
     def heal(self, stage: Stage) -> tuple[float | None, float | None]:
         """Fine-tune with the cut held; the metric and the training loss afterwards."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from secateurs.allocation import ALLOCATORS, RoundTo, allocate, check_round_to
-from secateurs.controls import CONTROLS
+from secateurs.controls import CONTROLS, check_null
 from secateurs.cost import dense_cost
 from secateurs.criteria import get_combination
 from secateurs.errors import ConfigError, choose
@@ -80,6 +81,8 @@ class Stage:
                 f"allocation={self.allocation!r} distributes a budget; with a threshold leave it "
                 'away (Threshold has scope="target" or "global")'
             )
+        if self.threshold is not None and self.threshold.needs_null:
+            check_null(self.criterion)
         if self.control is not None:
             self._check_control(self.control)
 
@@ -92,6 +95,11 @@ class Stage:
                 f"control={control!r} changes the values that threshold {rule!r} looks at, so "
                 'another number of units would go; use a budget, "quantile" or control="shuffle"'
             )
+        if control == "random-labels" and rule == "permutation":
+            raise ConfigError(
+                'control="random-labels" scores on shuffled labels, and so does threshold '
+                "'permutation': nothing would stay; use another threshold or a budget"
+            )
         criterion = get_combination(self.criterion)
         if control == "random-labels" and not criterion.sees_labels:
             raise ConfigError(
@@ -99,11 +107,20 @@ class Stage:
                 "see the targets"
             )
 
-    def allocated(self, scores: Scores, asked: Budget | Threshold) -> Counts:
+    @property
+    def null_repeats(self) -> int:
+        """How often labels are shuffled for the threshold: twice what tells a unit apart, or 0."""
+        if self.threshold is None or not self.threshold.needs_null:
+            return 0
+        return math.ceil(2 / (self.threshold.fdr or 0.1))
+
+    def allocated(
+        self, scores: Scores, asked: Budget | Threshold, null: Sequence[Scores] = ()
+    ) -> Counts:
         """Counts of a step, by the options of the stage."""
         return allocate(
             scores, asked, method=self.allocation, min_keep=self.min_keep,
-            round_to=self.round_to, homogeneous=self.homogeneous,
+            round_to=self.round_to, homogeneous=self.homogeneous, null=null,
         )  # fmt: skip
 
     @property

@@ -31,6 +31,7 @@ COPY_BYTES = {"cpu": 2**20}
 and a copy then costs as much as a run of its own."""
 OTHER_COPY_BYTES = 2**26
 FEWEST, MOST = 4, 64
+"""Copies in one run; with fewer than the former, one by one is as fast and needs no check."""
 
 
 class OneByOne:
@@ -74,34 +75,23 @@ class Replicated:
     Args:
         model: not changed.
         sites: target name -> places where its units are seen exactly (see `probe_gates`).
-        copies: of the batch in one run. Fewer than `FEWEST` do not pay: one unit then runs alone,
-            without a copy beside it that has nothing removed.
+        copies: of the batch in one run, one of them with nothing removed.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Sequence[Site]], copies: int) -> None:
         self._model, self._sites = model, sites
-        self.room = copies - 1 if copies >= FEWEST else 1
+        self.room = copies - 1
         self._held: tuple[Inputs, int, Inputs] | None = None
 
     def removed(
-        self,
-        inputs: Inputs,
-        n: int,
-        target: Target,
-        units: Sequence[int],
-        t: Tensor,
-        *,
-        beside: bool = False,
+        self, inputs: Inputs, n: int, target: Target, units: Sequence[int], t: Tensor
     ) -> tuple[Any, list[Any]]:
         """(outputs with nothing removed, outputs for each unit); `t` has one entry for each unit.
-
-        The former are None where none run beside; `beside` insists.
 
         Raises:
             ScoringError: an activation or output does not begin with the samples.
         """
-        spare = 1 if self.room > 1 or beside else 0
-        copies = len(units) + spare
+        copies = len(units) + 1
         chosen = torch.tensor(list(units))
         hits: dict[Key, list[tuple[Tensor, Tensor]]] = {}
         for site in self._sites[target.name]:
@@ -115,9 +105,7 @@ class Replicated:
             here = value.new_zeros(len(units), value.shape[key[4]], dtype=exact)
             for index, hit in hits[key]:
                 here[:, index.to(here.device)] += hit.to(here)
-            factor = torch.cat(
-                [here.new_ones(spare, here.shape[1]), 1 - t.to(here)[:, None] * here]
-            )
+            factor = torch.cat([torch.ones_like(here[:1]), 1 - t.to(here)[:, None] * here])
             shape = [copies] + [1] * value.dim()  # (copies, n, ..., size, ...)
             shape[key[4] % value.dim() + 1] = value.shape[key[4]]
             apart = value.reshape(copies, n, *value.shape[1:])
@@ -126,7 +114,7 @@ class Replicated:
         with site_values(self._model, self._sites[target.name], gated):
             outputs = call_model(self._model, self._repeated(inputs, n, copies))
         cut = _cut(outputs, n, copies)
-        return (cut[0] if spare else None), cut[spare:]
+        return cut[0], cut[1:]
 
     def _repeated(self, inputs: Inputs, n: int, copies: int) -> Inputs:
         """The batch `copies` times, one after the other; the last one is kept."""
@@ -136,8 +124,6 @@ class Replicated:
                 return leaf.repeat(copies, *[1] * (leaf.dim() - 1))
             return leaf
 
-        if copies == 1:
-            return inputs
         if self._held is None or self._held[0] is not inputs or self._held[1] != copies:
             self._held = inputs, copies, pytree.tree_map(repeat, inputs)
         return self._held[2]

@@ -112,14 +112,14 @@ class Lamp(Collector):
     def unit(self, target: Target) -> Tensor:
         """(n,) float64 in [0, 1]; 0 for weights that are zero or were removed earlier."""
         assert isinstance(target, WeightTarget)
-        weight = self.setting.params[target.name].detach().reshape(-1).double().cpu()
+        weight = self.setting.params[target.name].detach().reshape(-1).cpu()
         alive = self.setting.alive[target.name]
-        squares = weight[alive].square()
-        order = squares.argsort(stable=True)
-        ascending = squares[order]
+        sizes = weight[alive].abs()
+        order = sizes.argsort(stable=True)
+        ascending = sizes[order].double().square()
         rest = ascending.flip(0).cumsum(0).flip(0)  # (n,): the sum of this one and all larger
         shares = torch.where(ascending > 0, ascending / rest, 0.0)
-        out = torch.zeros_like(weight)
+        out = torch.zeros(target.n_units, dtype=torch.float64)
         out[alive[order]] = shares
         return out
 

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secateurs.batches import call_model, tensors
 from secateurs.errors import ConfigError, DataError, ScoringError
 from secateurs.statistics.ablation import (
+    FEWEST,
     OneByOne,
     Replicated,
     agree,
@@ -81,8 +82,9 @@ class Removals(Collector):
         self._sites, why = probe_gates(
             model, run.batch, self.request.groups, self.request.members, self.setting.params
         )
-        if self._sites:
-            self._many = Replicated(model, self._sites, copies_for(model, inputs))
+        copies = copies_for(model, inputs) if self._sites else 1
+        if copies >= FEWEST:
+            self._many = Replicated(model, self._sites, copies)
         for target in self.request.groups:
             if target.name in why:
                 self.slowly(target, why[target.name])
@@ -160,7 +162,7 @@ class Removals(Collector):
         units = alive[: many.room] if first else alive[:1]
         t = torch.ones(len(units), dtype=torch.float64)
         try:
-            base, outputs = many.removed(run.inputs, run.n, target, units, t, beside=True)
+            base, outputs = many.removed(run.inputs, run.n, target, units, t)
         except Exception as error:  # a model may refuse another batch size in any way
             text = f"{error}".splitlines() or [type(error).__name__]
             return f"the model refuses copies of batch {run.number} side by side: {text[0]}"
