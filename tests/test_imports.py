@@ -18,7 +18,7 @@ SRC = Path(secateurs.__file__).parent
 # own, anywhere in its code: neither a later line, nor a neighbour on the same line.
 LAYERS = (
     "errors",
-    "asked bars filters inventory tensorfiles workers",
+    "asked bars filters inventory targets tensorfiles workers",
     "types distributed",
     "batches",
     "graph cost criteria schedules",

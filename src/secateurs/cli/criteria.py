@@ -10,15 +10,17 @@ import typer
 def criteria(
     name: str | None = typer.Argument(None, help="One criterion: everything about it."),
     family: str | None = typer.Option(None, "--family", help="Only those of one family."),
+    long: bool = typer.Option(False, "--long", help="With formulas and sources."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """List the criteria: what they look at, what they cost, which units they score."""
     from rich.markdown import Markdown
+    from rich.markup import escape
     from rich.table import Table
 
     from secateurs.cli.output import stdout
     from secateurs.criteria import CRITERIA, get_criterion
-    from secateurs.criteria.pages import describe, kinds_text, page
+    from secateurs.criteria.pages import cost_text, describe, kinds_text, page
     from secateurs.errors import choose
 
     families = list(dict.fromkeys(c.family for c in CRITERIA.values()))
@@ -36,16 +38,20 @@ def criteria(
     if as_json:
         typer.echo(json.dumps([describe(c) for c in chosen], indent=1))
         return
-    table = Table("criterion", "family", "looks at", "costs", "units", "what it says",
-                  box=None, pad_edge=False)  # fmt: skip
-    for c in chosen:
-        multiples = (describe(c)["measured"].get("cost") or {}).values()
-        cost = f"{c.cost} ({max(multiples):.2f}x)" if multiples else c.cost
-        table.add_row(c.name, c.family, c.sees, cost, kinds_text(c), c.summary)
+    table = Table("criterion", "looks at", "costs", "units", "what it says", box=None,
+                  pad_edge=False)  # fmt: skip
+    for f in families:
+        rows = [c for c in chosen if c.family == f]
+        if rows:
+            table.add_row(f"[bold]{f}[/bold]")
+        for c in rows:
+            said = f"{c.summary}\nscore = {c.formula}\n{c.reference}\n" if long else c.summary
+            table.add_row(f"  {c.name}", c.sees, cost_text(c), kinds_text(c), escape(said))
     console = stdout()
     console.print(table)
     console.print(
-        "\ncosts: of a batch, beside one forward and backward pass where it was measured."
+        "\ncosts: of a batch; the figure is a multiple of one forward and backward pass, where it "
+        "was measured."
         "\nsecateurs criteria NAME tells everything about one.",
         style="dim", highlight=False,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from secateurs.criteria.registry import CRITERIA, STATISTICS, Criterion
 from secateurs.types import KINDS
 
-__all__ = ["describe", "index", "measured", "page"]
+__all__ = ["cost_text", "describe", "index", "kinds_text", "measured", "page"]
 
 ORDER = {
     "dataset": "once, from the mean over all samples",
@@ -89,6 +89,18 @@ def kinds_text(c: Criterion) -> str:
     if len(missing) <= 2:
         return f"all but {', '.join(missing)}"
     return ", ".join(c.kinds)
+
+
+def cost_text(c: Criterion) -> str:
+    """What a batch costs, with the largest measured multiple of a training step.
+
+    Example:
+        >>> from secateurs.criteria import get_criterion
+        >>> cost_text(get_criterion("magnitude"))
+        'free'
+    """
+    multiples = measured().get(c.name, {}).get("cost", {}).values()
+    return f"{c.cost}, {max(multiples):.2f}x" if multiples and c.cost != "free" else c.cost
 
 
 def page(c: Criterion) -> str:
