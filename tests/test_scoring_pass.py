@@ -22,6 +22,7 @@ from secateurs.errors import ConfigError, FileFormatError, ScoringError
 from secateurs.graph import trace
 from secateurs.scoring import score
 from secateurs.statistics import Sums
+from secateurs.types import Scores
 from tests.graphs import Case, conv, lstm, mlp, residual
 
 CRITERIA: list[Any] = [
@@ -213,9 +214,18 @@ def test_drawing_needs_a_length() -> None:
 def test_train_mode_uses_the_statistics_of_the_batch_and_moves_none() -> None:
     case = conv()
     before = [b.clone() for b in case.model.buffers()]
-    trained, evaluated = scores(case, mode="train"), scores(case)
-    assert not same(trained, evaluated)
+
+    def directional(mode: Any) -> Scores:
+        return score(
+            case.model, case.batches, case.loss_fn, graph=case.graph, mode=mode,
+            criterion="directional",
+        )  # fmt: skip
+
+    name = "0:channel"
+    assert not torch.equal(directional("train").values[name], directional("eval").values[name])
     assert all(map(torch.equal, before, case.model.buffers()))
+    with pytest.raises(ConfigError, match=r"1 mixes the samples of a batch.*\(taylor, taylor\("):
+        scores(case, mode="train")
     x, y = case.batches[0]
     model = copy.deepcopy(case.model).train()
     loss = case.loss_fn(model(x), y)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from secateurs.scores import subset as subset
     from secateurs.scoring import score as score
     from secateurs.selection import select as select
+    from secateurs.statistics.blocks import obs_update as obs_update
     from secateurs.surgery import load as load
     from secateurs.surgery import save as save
     from secateurs.surgery import shrink as shrink
@@ -78,6 +79,7 @@ _ROOMS = {
     "subset": "scores",
     "score": "scoring",
     "select": "selection",
+    "obs_update": "statistics.blocks",
     "load": "surgery",
     "save": "surgery",
     "shrink": "surgery",

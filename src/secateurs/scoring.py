@@ -142,6 +142,8 @@ def score(
     _check_request(asked, batches, loss_fn, max_batches, sample_batches)
     chosen = list({part.label: part for c in asked for part in c.parts}.values())
     choose(mode, ["eval", "train"], "mode")
+    if mode == "train":
+        _check_train_mode(model, chosen)
     data = batches if any(c.needs_data for c in chosen) else None
     if data is not None:
         check_batches(model, data, loss_fn if any(c.needs_loss for c in chosen) else None)
@@ -181,6 +183,18 @@ def _combined(asked: Combination, parts: Mapping[str, Scores]) -> Scores:
     """The scores of one criterion, or those of several made one."""
     held = {part.label: parts[part.label] for part in asked.parts}
     return held[asked.label] if asked.how is None else combine(held, asked.how, asked.weights)
+
+
+def _check_train_mode(model: nn.Module, chosen: Sequence[Criterion]) -> None:
+    """A batch norm in train mode mixes the samples of a batch: no sample has a loss of its own."""
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    by_sample = [c.label for c in chosen if c.average == "sample"]
+    if norms and by_sample:
+        raise ConfigError(
+            f'mode="train": {norms[0]} mixes the samples of a batch, so criteria that are finished '
+            f'for each sample ({", ".join(by_sample)}) mean nothing; use mode="eval", or '
+            'average="batch"'
+        )
 
 
 class _Chosen:

@@ -18,6 +18,7 @@ class Law:
         partition: whether scores are independent of the cut into batches.
         signed: whether scores may be negative.
         permutes: whether shuffling the units of a layer shuffles their scores and nothing else.
+        tokens: whether models that take tokens can be scored.
         half: relative error allowed in bfloat16, of the largest score; None: not comparable.
     """
 
@@ -25,6 +26,7 @@ class Law:
     partition: bool = True
     signed: bool = False
     permutes: bool = True
+    tokens: bool = True
     half: float | None = 0.2
 
 
@@ -58,7 +60,7 @@ LAWS: Mapping[str, Law] = {
     "information_next": Law(0.0),
     "redundancy": Law(0.0),
     "conditional_entropy": Law(None, signed=True),
-    "conductance": Law(0.0),
+    "conductance": Law(0.0, tokens=False),
     "shapley": Law(0.0, signed=True, permutes=False),
     "fisher": Law(0.0),
     "fisher_batch": Law(0.0, partition=False),

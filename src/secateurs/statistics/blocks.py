@@ -14,7 +14,8 @@ what the recursion of Woodbury gives sample by sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -23,26 +24,24 @@ from torch import Tensor, nn
 
 from secateurs.batches import (
     check_batches,
-    checked_loss,
     in_mode,
     iterate,
     model_device,
     preserve,
 )
-from secateurs.criteria.registry import Option
-from secateurs.errors import ConfigError, ScoringError, choose
+from secateurs.criteria import get_criterion
+from secateurs.errors import ConfigError, choose
 from secateurs.statistics.collector import (
-    Collector,
     Request,
     Run,
     Setting,
     register_statistic,
-    requiring_grad,
 )
-from secateurs.statistics.gradients import finite_gradient
-from secateurs.statistics.persample import PerSample
+from secateurs.statistics.jobs import Job
+from secateurs.statistics.samplerows import SampleRows
+from secateurs.statistics.stream import Pass
 from secateurs.statistics.sums import Sums, View
-from secateurs.statistics.units import Parameters, one_sample
+from secateurs.statistics.units import Parameters
 from secateurs.types import Batches, Graph, LossFn, Plan, Target, WeightTarget
 
 __all__ = ["Blocks", "blocks_of", "obs_update", "solve_blocks"]
@@ -79,7 +78,7 @@ def _size(shape: Sequence[int], block: int) -> int:
     return min(block, int(torch.Size(shape[1:]).numel()))
 
 
-class Blocks(Collector):
+class Blocks(SampleRows):
     """Sums of g_B g_B', and w_q^2 / (2 [F^-1]_qq).
 
     Options: `block`, weights in a block; `gradients`, "sample" for one g for each sample or "batch"
@@ -92,8 +91,10 @@ class Blocks(Collector):
         self._block = int(request.options["block"])
         self._damping = float(request.options["damping"])
         self._by_sample = request.options["gradients"] == "sample"
-        self._samples: PerSample | None = None
         self._guard()
+        self.ask_for(self.parameters() if self._by_sample else [])
+        if not self._by_sample:
+            self.shares = "backward"
 
     def _guard(self) -> None:
         wide = {n: self.setting.params[n] for n in self.parameters()}
@@ -113,62 +114,18 @@ class Blocks(Collector):
         """Only weights have blocks."""
         return "" if isinstance(target, WeightTarget) else "blocks are for single weights"
 
-    def begin(self, run: Run) -> None:
-        """Find out which layers give gradients of single samples from one backward pass."""
-        if not self._by_sample:
-            return
-        assert self.setting.loss_fn is not None
-        self._samples = PerSample(self.setting.model, self.parameters())
-        refused = self._samples.probe(run.batch, self.setting.loss_fn)
-        self.notes += [f"{n}: one sample at a time ({why})" for n, why in refused.items()]
+    def wants(self) -> Iterable[str]:
+        """With one gradient for each batch: of every weight."""
+        return () if self._by_sample else self.parameters()
 
-    def alone(self, run: Run) -> None:
-        """Gradients of one batch."""
-        names = self.parameters()
-        if self._samples is None:
-            self._one(run, run, names, f"batch {run.number}")
-            return
-        covered = self._samples.covered
-        if covered:
-            self._hooked(run, self._samples)
-        rest = [n for n in names if n not in covered]
-        for i in range(run.n if rest else 0):
-            single = Run(run.number, one_sample(run.batch, i, run.n))
-            self._one(run, single, rest, f"batch {run.number}, sample {i}")
+    @torch.no_grad()
+    def gradient(self, run: Run, name: str, grad: Tensor) -> None:
+        """Take the mean gradient of a batch."""
+        self._fold(name, grad[None], float(run.n))
 
-    def _hooked(self, run: Run, samples: PerSample) -> None:
-        """Gradients of all samples from one backward pass."""
-        where = f"batch {run.number}"
-        assert self.setting.loss_fn is not None
-
-        def fold(name: str) -> None:
-            with torch.no_grad():
-                for rows in samples.chunks(name):
-                    self._fold(name, finite_gradient(rows, name, where), 1.0)
-
-        torch.clear_autocast_cache()
-        with torch.enable_grad(), samples.running(run.n, fold):
-            loss = checked_loss(self.setting.model, run.batch, self.setting.loss_fn, where)
-            if loss.requires_grad:
-                torch.autograd.grad(loss, samples.leaves, allow_unused=True)
-
-    def _one(self, run: Run, part: Run, names: Sequence[str], where: str) -> None:
-        """One gradient: of a sample, or the mean over a batch."""
-        params = self.setting.params
-        at = [params[n] for n in names]
-        torch.clear_autocast_cache()
-        with requiring_grad(at), torch.enable_grad():
-            assert self.setting.loss_fn is not None
-            loss = checked_loss(self.setting.model, part.batch, self.setting.loss_fn, where)
-            if not loss.requires_grad:
-                raise ScoringError(
-                    f"{where}: the loss does not depend on the weights through differentiable "
-                    "operations; remove torch.no_grad and detach from the model and the loss"
-                )
-            grads = torch.autograd.grad(loss, at, allow_unused=True)
-        for name, grad in zip(names, grads, strict=True):
-            if grad is not None:
-                self._fold(name, finite_gradient(grad, name, where)[None], float(part.n))
+    def fold(self, run: Run, name: str, low: int, rows: Tensor) -> None:
+        """Take the gradients of some samples."""
+        self._fold(name, rows, 1.0)
 
     def _fold(self, name: str, grads: Tensor, weight: float) -> None:
         """Add outer products of (k, *shape) gradients to the blocks."""
@@ -301,9 +258,8 @@ def obs_update(
     ]
     found: dict[str, Tensor] = {}
     if targets:
-        options: dict[str, Option] = {"block": block, "damping": damping, "gradients": gradients}
-        blocks = _collect(model, params, Request("blocks", options, "producers", targets),
-                          batches, loss_fn, max_batches)  # fmt: skip
+        c = get_criterion("obs", block=block, damping=damping, gradients=gradients)
+        blocks = _collect(model, params, Job(c, targets, {}), batches, loss_fn, max_batches)
         found = {t.name: _updated(blocks, t.name, losing[t.name], block) for t in targets}
     for name, mask in losing.items():
         if name not in found:
@@ -330,7 +286,7 @@ def _fitting(model: nn.Module, masks: Mapping[str, Tensor]) -> Mapping[str, Tens
 def _collect(
     model: nn.Module,
     params: Parameters,
-    request: Request,
+    job: Job,
     batches: Batches,
     loss_fn: LossFn,
     max_batches: int | None,
@@ -347,13 +303,13 @@ def _collect(
             p.requires_grad_(False)
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        blocks = Blocks(setting, request, Sums().under(""))
-        for number, batch in enumerate(iterate(batches, device, max_batches)):
-            run = Run(number, batch)
-            if number == 0:
-                blocks.begin(run)
-            blocks.alone(run)
-            blocks.count(run)
+        runs = (Run(i, batch) for i, batch in enumerate(iterate(batches, device, max_batches)))
+        first = next(runs)
+        whole = Pass(setting, [job], first, Sums())
+        for run in itertools.chain([first], runs):
+            whole.batch(0, run)
+    blocks = whole.collector(job.criterion, "blocks")
+    assert isinstance(blocks, Blocks)
     return blocks
 
 

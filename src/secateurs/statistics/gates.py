@@ -26,7 +26,7 @@ from secateurs.statistics.collector import Collector, Request, Run, Setting
 from secateurs.statistics.hooks import Key, into_site_units, key_of, site_values
 from secateurs.statistics.jobs import Job
 from secateurs.statistics.sums import View
-from secateurs.statistics.units import Parameters, members_of, one_sample, removal_role
+from secateurs.statistics.units import Parameters, members_of, removal_role, some_samples
 from secateurs.types import Batch, GroupTarget, Inputs, Role, Site, Target
 
 __all__ = ["GateSums", "Gates", "UnitGates", "probe_gates"]
@@ -283,7 +283,8 @@ def probe_gates(
 
     A target is covered when every member that counts has an exact site, the site's module is
     called as often as there are sites, and its tensor begins with the samples of the batch
-    (checked with the whole batch and with one sample).
+    (checked with the whole batch and with one sample; in train mode, where batch norm refuses one,
+    with two).
 
     Returns:
         (target name -> its sites, target name -> reason).
@@ -298,8 +299,9 @@ def probe_gates(
             sites[target.name] = found
     n = batch_size(batch[0])
     runs: list[tuple[Inputs, int]] = [(batch[0], n)]
-    if n > 1:
-        runs.append((one_sample((batch[0], None), 0, n)[0], 1))
+    fewer = 2 if any(m.training for m in model.modules()) else 1
+    if n > fewer:
+        runs.append((some_samples((batch[0], None), slice(0, fewer), n)[0], fewer))
     for inputs, size in runs:
         shapes, calls = _observe(model, inputs, [s for group in sites.values() for s in group])
         for name, group in list(sites.items()):

@@ -30,7 +30,7 @@ from secateurs.types import Member, Target
 
 __all__ = ["ByBatch", "Gradient", "finite_gradient", "gradient_stats"]
 
-PART = 2**17
+PART = 2**15
 """Elements that are worked on at once: they stay in the cache of the processor."""
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateurs.batches import call_model, checked_loss
-from secateurs.criteria import FINISH
+from secateurs.criteria import FINISH, Criterion
 from secateurs.criteria.registry import STATISTICS, Option
 from secateurs.errors import ScoringError
 from secateurs.statistics.bysample import BySample
@@ -211,6 +211,10 @@ class Pass:
                 stack.callback(p.register_post_accumulate_grad_hook(take).remove)
             yield arrived
 
+    def collector(self, criterion: Criterion, need: str) -> Collector:
+        """What collects one statistic of a criterion that averages over the dataset."""
+        return self._shared[_key(need, criterion.options, criterion.members)]
+
     # -- results -------------------------------------------------------------------------------
 
     def result(self, job: Job, target: Target) -> Tensor:
@@ -219,7 +223,7 @@ class Pass:
         scorer = self._scorers.get((c.label, target.name))
         if scorer is not None:
             return scorer.score(job, target)
-        held = {need: self._shared[_key(need, c.options, c.members)] for need in c.needs}
+        held = {need: self.collector(c, need) for need in c.needs}
         if c.level == "unit":
             return FINISH[c.finish](c.fn({n: held[n].unit(target) for n in held}))
         return element_scores(

@@ -24,7 +24,7 @@ from secateurs.statistics import check_fits, make_job
 from secateurs.testing.nets import NETS, Case, case
 from secateurs.types import Batch, GroupTarget
 
-__all__ = ["LAWS", "BrokenLaw", "Checked", "check_criterion"]
+__all__ = ["GRANULARITIES", "LAWS", "BrokenLaw", "Checked", "check_criterion", "obstacle"]
 
 Make = Callable[[torch.dtype], Case]
 PERMUTED = ("neuron", "channel", "hidden", "head", "head_dim", "kv_group", "expert")
@@ -53,6 +53,7 @@ def check_criterion(
     criterion: str | Mapping[str, Any] | Criterion | Callable[..., Tensor],
     *,
     nets: Iterable[str] | None = None,
+    granularities: Iterable[str] = GRANULARITIES,
     excuse: Collection[str] = (),
 ) -> Checked:
     """Hold a criterion to every law, on every network and granularity that it claims.
@@ -60,6 +61,7 @@ def check_criterion(
     Args:
         criterion: a registered name or function, a mapping with options, or a `Criterion`.
         nets: names of `secateurs.testing.NETS`; None for all.
+        granularities: what is scored there, as in `score`.
         excuse: names of laws that it need not obey.
 
     Returns:
@@ -79,9 +81,10 @@ def check_criterion(
         choose(name, LAWS, "law")
     passed: list[tuple[str, str, str]] = []
     skipped: dict[tuple[str, str, str], str] = {}
+    granularities = list(granularities)
     for net in NETS if nets is None else list(nets):
         make = partial(case, net)
-        for granularity in GRANULARITIES:
+        for granularity in granularities:
             why = obstacle(found, make(torch.float64), granularity)
             for law, holds in LAWS.items():
                 place = (law, net, granularity)
@@ -216,12 +219,13 @@ def leaves_the_model_alone(criterion: Criterion, make: Make, granularity: str) -
     _same_state(before, _state(on), "an exception in the middle of scoring")
 
 
-def _state(on: Case) -> dict[str, Any]:
+def _state(on: Case) -> dict[str, list[Tensor]]:
     model = on.model
     modules = dict(model.named_modules())
     return {
         "weights or buffers": [t.clone() for t in model.state_dict().values()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "the tensors": [torch.tensor([id(p), p._version]) for p in model.parameters()],
+        "requires_grad": [torch.tensor(p.requires_grad) for p in model.parameters()],
         "gradients": [torch.empty(0) if p.grad is None else p.grad.clone()
                       for p in model.parameters()],
         "modes": [torch.tensor(m.training) for m in modules.values()],
@@ -233,10 +237,12 @@ def _state(on: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _same_state(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> None:
+def _same_state(
+    before: Mapping[str, list[Tensor]], after: Mapping[str, list[Tensor]], what: str
+) -> None:
     for name, held in before.items():
         pairs = zip(held, after[name], strict=True)
-        if not all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs):
+        if not all(torch.equal(a, b) for a, b in pairs):
             raise BrokenLaw(f"{what} changes {name} of the model")
 
 
