@@ -205,7 +205,9 @@ def test_a_module_called_twice_goes_one_by_one_unless_both_calls_are_sites() -> 
     batches = data((4,), 3, (4, 3), 0, torch.float64)
     case = Case(net, build(net, [group], {}), batches, nn.functional.cross_entropy)
     one = score(net, batches, case.loss_fn, graph=case.graph)
-    assert one.notes == ("first:neuron: no gate, so by the gradients of its weights (again is called 2 times)",)
+    assert one.notes == (
+        "first:neuron: no gate, so by the gradients of its weights (again is called 2 times)",
+    )
     second = type(t.sites[0])("again", 1, "output", 0, 1, u, u, "producer")
     both = GroupTarget(t.name, "neuron", 5, group.members, (*group.sites, second))
     two = score(net, batches, case.loss_fn, graph=build(net, [both], {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def test_a_criterion_that_writes_into_the_weights() -> None:
 class Rude(Collector):
     """Leaves a hook behind."""
 
-    shares: ClassVar[Any] = "forward"
+    shares = "forward"
 
     def begin(self, run: Run) -> None:
         self.setting.model.register_forward_hook(lambda *_: None)
