@@ -118,13 +118,13 @@ def _images(n: int, side: int) -> Batch:
 
 
 def _texts(n: int, length: int) -> Batch:
-    return {"input_ids": torch.randint(0, 30000, (n, length))}, torch.randint(0, 2, (n,))
+    return {"input_ids": torch.randint(0, 30000, (n, length))}, torch.randint(0, 20, (n,))
 
 
 CASES = {
     "resnet50": Case(lambda: resnet((3, 4, 6, 3)), lambda: _images(8, 160), "2.0.a.0*|3.a.0*"),
     "bert": Case(
-        lambda: transformers_model("BertForSequenceClassification"),
+        lambda: transformers_model("BertForSequenceClassification", num_labels=20),
         lambda: _texts(8, 128),
         "bert.encoder.layer.0.*:head",
     ),

@@ -149,7 +149,7 @@ def _draw_oracle(rows: list[dict[str, Any]], tasks: list[str]) -> None:
             ax.set_yticks(range(len(names)), names)
             ax.set_ylim(-0.7, len(names) - 0.3)
         figure.supxlabel(
-            "Spearman with |exact loss change|; blue: no more than backward passes, "
+            "Spearman with |exact loss change|. Blue: forward and backward passes or less;\n"
             "orange: second order, training or a run for every unit", fontsize=8,
         )  # fmt: skip
         figure.savefig(IMAGES / "criteria-oracle.png", metadata={"Software": None})

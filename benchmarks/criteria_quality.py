@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -99,7 +101,11 @@ class Dense:
 
     def __init__(self, name: str, seed: int) -> None:
         self.task = get_task(name)
-        self.model, self.data, _ = dense_checkpoint(self.task, seed)
+        # Of two processes that need an untrained network, one trains it.
+        lock = Path(tempfile.gettempdir()) / f"secateurs-{name}-{seed}.lock"
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.model, self.data, _ = dense_checkpoint(self.task, seed)
         self.graph: Graph = sc.trace(self.model, self.data.example_inputs)
         self.metrics = self.task.metric(self.model, self.data.test)
 
@@ -312,10 +318,6 @@ def main() -> None:
         return
     if not options.summary:
         command = [sys.executable, "-m", "benchmarks.criteria_quality", *sys.argv[1:], "--share"]
-        for task in options.tasks:  # dense networks are trained here, not by every process
-            missing = available(get_task(task)) if task in KNOWN else "is not a task here"
-            for seed in [] if missing else options.seeds:
-                dense_checkpoint(get_task(task), seed)
         running = [
             subprocess.Popen([*command, str(i), str(options.workers)], cwd=HERE.parent)
             for i in range(options.workers)

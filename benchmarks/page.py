@@ -22,6 +22,13 @@ Samples are those of training / validation / test. "All data" is one run with on
 """
 
 
+CRITERIA = """## Does the score know what removal does?
+
+All criteria beside the exact removal of every unit, their cost, and their quality after
+fine-tuning: [criteria, measured](results-criteria.md).
+"""
+
+
 def main() -> None:
     parts = [HEAD]
     rows = json.loads((RESULTS / "tasks.json").read_text())
@@ -30,8 +37,7 @@ def main() -> None:
         ("weight", "Weights: at most 10 % may remain"),
     ):
         parts.append(f"## {title}\n\n{_table(rows, target)}")
-    if (RESULTS / "oracle.json").exists():
-        parts.append(_oracle(json.loads((RESULTS / "oracle.json").read_text())))
+    parts.append(CRITERIA)
     parts.append(_machine())
     PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
@@ -90,27 +96,6 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
             words[word].append(f"{control} on {task}")
     told = [f"**{word}** {', '.join(held)}" for word, held in words.items() if held]
     return "At two standard errors of the difference, Taylor is\n\n- " + "\n- ".join(told)
-
-
-def _oracle(data: dict[str, Any]) -> str:
-    tasks = list(dict.fromkeys(r["task"] for r in data["rows"]))
-    criteria = list(dict.fromkeys(r["criterion"] for r in data["rows"]))
-    cell = {(r["task"], r["criterion"]): r for r in data["rows"]}
-    lines = [
-        "## Does the score know what removal does?",
-        "",
-        "Spearman rank correlation between each criterion and the absolute loss change of removing",
-        "each unit exactly (all units of the network, calibration samples, no fine-tuning).",
-        f"Mean ± standard deviation over seeds {', '.join(map(str, data['seeds']))}.",
-        "",
-        "| criterion | " + " | ".join(tasks) + " |",
-        "|---" * (len(tasks) + 1) + "|",
-    ]
-    for c in criteria:
-        found = [cell.get((t, c)) for t in tasks]
-        values = [f"{r['spearman']:+.2f} ± {r['sd']:.2f}" if r else "" for r in found]
-        lines.append(f"| {c} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def _machine() -> str:

@@ -40,9 +40,13 @@ def _squares(x: Tensor, dim: int = -1) -> Tensor:
         x = x.float()
     dim %= x.dim()
     inner = [d for d in range(1, x.dim()) if d != dim]
-    line = x.square()
-    line = line.sum(inner) if inner else line
-    return line.double().sum(0) if line.dim() > 1 else line.double()
+    line: Tensor
+    if inner and min(inner) > dim and x.is_contiguous():  # in one go, without a temporary square
+        line = torch.linalg.vector_norm(x, dim=inner).double().square()
+    else:
+        line = x.square()
+        line = (line.sum(inner) if inner else line).double()
+    return line.sum(0) if line.dim() > 1 else line
 
 
 def _first(given: Mapping[str, Any], args: tuple[Any, ...], name: str = "input") -> Any:
