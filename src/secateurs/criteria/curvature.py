@@ -305,8 +305,8 @@ def grasp(stats: Stats) -> Tensor:
 def grasp_abs(stats: Stats) -> Tensor:
     """As `grasp`, by size: what changes the gradient most, in either direction, is kept.
 
-    `grasp` keeps the weights whose removal would lower the gradient norm, and cuts first those whose
-    removal would raise it. Here both are kept: what goes is what the gradient does not notice.
+    `grasp` keeps the weights whose removal would lower the gradient norm, and first cuts those
+    whose removal would raise it. Here both are kept: what goes is what the gradient does not notice.
 
     Use it before training where `grasp` empties whole layers at high sparsity.
 
