@@ -603,6 +603,29 @@ def test_a_parameter_without_gradient_is_noted() -> None:
     assert found.values["idle.weight"].tolist() == [0, 0, 0, 0]
 
 
+def test_units_that_no_batch_touches_are_noted() -> None:
+    """An expert that no sample is sent to."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.left, self.right = (
+                nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.left(x) + (x[:, :1] > 100) * self.right(x)
+            return out
+
+    case = mlp()
+    model = Routed().double()
+    found = score(model, case.batches, case.loss_fn, graph=trace(model, case.batches[0][0]))
+    assert found.notes == ("right.0:neuron: no gradient arrives in any batch, counted as 0",)
+    assert not found.values["right.0:neuron"].any()
+    assert found.values["left.0:neuron"].any()
+
+
 def test_targets_that_cannot_be_cut_into_samples() -> None:
     case = lstm()
     batches = [(x, y.tolist()) for x, y in case.batches]

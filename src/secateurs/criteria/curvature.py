@@ -306,7 +306,7 @@ def grasp_abs(stats: Stats) -> Tensor:
     """As `grasp`, by size: what changes the gradient most, in either direction, is kept.
 
     `grasp` keeps the weights whose removal would lower the gradient norm, and first cuts those
-    whose removal would raise it. Here both are kept: what goes is what the gradient does not notice.
+    whose removal would raise it. Here both are kept: what goes is what the gradient does not see.
 
     Use it before training where `grasp` empties whole layers at high sparsity.
 

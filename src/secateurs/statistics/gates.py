@@ -76,6 +76,7 @@ class UnitGates(Collector):
                     f"batch {run.number}: the gradient at {target.name} is not finite; check the "
                     "data, and the loss where its gradient is undefined"
                 )
+            self.sums.add(f"size/{target.name}", gate.abs().sum())
             for label, job in self._jobs.items():
                 c, key = job.criterion, f"{label}/{target.name}"
                 finish = FINISH[c.finish]
@@ -91,6 +92,10 @@ class UnitGates(Collector):
         c = job.criterion
         mean = self.sums[f"{c.label}/{target.name}"] / self.n_samples
         return mean if c.average != "dataset" else FINISH[c.finish](c.fn({"gate": mean}))
+
+    def untouched(self, target: Target) -> bool:
+        """Whether nothing has arrived at any unit of the target, in any batch."""
+        return not self.sums[f"size/{target.name}"]
 
 
 class Gates:

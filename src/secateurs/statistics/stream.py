@@ -242,6 +242,10 @@ class Pass:
         asked = [one for key, one in self._shared.items() if key in mine]
         said = [note for one in asked for x in (one, *one.others.values()) for note in x.notes]
         none = [f"{n}: no gradient arrives in any batch, counted as 0" for n in dead]
+        for target in job.targets:
+            gates = self._scorers.get((c.label, target.name))
+            if isinstance(gates, UnitGates) and gates.untouched(target):
+                none.append(f"{target.name}: no gradient arrives in any batch, counted as 0")
         return tuple(dict.fromkeys([*job.notes, *said, *none]))
 
     @property
