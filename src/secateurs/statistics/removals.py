@@ -45,6 +45,7 @@ from secateurs.statistics.collector import (
 )
 from secateurs.statistics.gates import probe_gates
 from secateurs.statistics.sums import View
+from secateurs.statistics.tangents import StillWeights
 from secateurs.types import Site, Target
 
 __all__ = ["Ablation", "Removals", "forward_mode", "mean_norm", "sample_outputs"]
@@ -242,7 +243,7 @@ def forward_mode(model: nn.Module | None = None) -> Iterator[None]:
     try:
         mkldnn.enabled = fused and not slow
         mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        with sdpa_kernel(SDPBackend.MATH), StillWeights(), warnings.catch_warnings():
             # torch loads its forward-mode rules through an entry point it has deprecated itself
             warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
             yield
