@@ -15,6 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from secateurs.statistics.tangents import LINEAR, StillWeights
 
 
+# torch loads its forward-mode rules through an entry point it has deprecated itself
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+
 def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
