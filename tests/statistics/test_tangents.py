@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from secateurs.statistics.tangents import LINEAR, StillWeights
 
-
 # torch loads its forward-mode rules through an entry point it has deprecated itself
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
