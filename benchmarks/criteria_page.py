@@ -71,7 +71,8 @@ def _oracle() -> str:
         f"""## Does the score know what removal does?
 
 Every structural unit is removed exactly, one at a time, and the change of the loss on the
-calibration samples is compared with its score: Spearman rank correlation with the absolute change,
+calibration samples is compared with its score: Spearman rank correlation of the sizes of both (a
+score that predicts a signed change is taken by its size),
 all units of the network together, mean ± standard deviation over seeds {seeds}, no fine-tuning
 (`benchmarks/oracle.py`). `finite_difference` with step 1 is the oracle itself.
 """,
@@ -82,7 +83,7 @@ all units of the network together, mean ± standard deviation over seeds {seeds}
     ]
     for task in tasks:
         best = oracle.best(rows, task, costs)[:5]
-        told = ", ".join(f"{r['criterion']} {r['spearman']:.2f}" for r in best)
+        told = ", ".join(f"{r['criterion']} {r['agreement']:.2f}" for r in best)
         lines.append(f"- {task}: {told}")
     return "\n".join([*lines, "", _signed(rows, tasks), ""])
 
@@ -93,13 +94,13 @@ def _headline(rows: list[dict[str, Any]], costs: dict[str, float]) -> str:
     if not found:
         return ""
     best = found[0]
-    size = best["sizes"] if best["sizes"] is not None else best["spearman"]
+    size = best["agreement"]
     word = "met" if size >= goal else "**MISSED**"
     passes = best["passes"]
     told = "" if passes is None else f", {passes:.2f} forward + backward passes"
     return (
         f"The best criterion that costs at most two forward and backward passes on {task} is "
-        f"`{best['criterion']}`{told}: {size:.3f} ± {best['spearman_sd'] or 0:.3f} over "
+        f"`{best['criterion']}`{told}: {size:.3f} ± {best['agreement_sd'] or 0:.3f} over "
         f"{len(best['seeds'])} seeds (target {goal}: {word})."
     )
 
@@ -111,8 +112,8 @@ def _signed(rows: list[dict[str, Any]], tasks: list[str]) -> str:
         return ""
     cell = {(r["task"], r["criterion"]): r for r in held}
     lines = [
-        "Signed scores (below zero: removal should lower the loss) are ranked as they are in the "
-        "table above. Score with change / |score| with |change|:",
+        "Signed scores say below zero that removal lowers the loss. Score with change / |score| "
+        "with |change|:",
         "",
         "| criterion | " + " | ".join(tasks) + " |",
         "|---" * (len(tasks) + 1) + "|",
@@ -126,9 +127,9 @@ def _signed(rows: list[dict[str, Any]], tasks: list[str]) -> str:
 
 def _draw_oracle(rows: list[dict[str, Any]], tasks: list[str]) -> None:
     """One column of dots for each task, criteria sorted by their mean."""
-    cell = {(r["task"], r["criterion"]): r for r in rows if r["spearman"] is not None}
+    cell = {(r["task"], r["criterion"]): r for r in rows if r["agreement"] is not None}
     names = [c for c in CRITERIA if sum((t, c) in cell for t in tasks) >= max(1, len(tasks) - 1)]
-    names.sort(key=lambda c: mean(cell[t, c]["spearman"] for t in tasks if (t, c) in cell))
+    names.sort(key=lambda c: mean(cell[t, c]["agreement"] for t in tasks if (t, c) in cell))
     with rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 1.75 * len(tasks), 0.19 * len(names) + 0.9), dpi=110,
                         layout="constrained")  # fmt: skip
@@ -140,7 +141,7 @@ def _draw_oracle(rows: list[dict[str, Any]], tasks: list[str]) -> None:
                     continue
                 cheap = r["cost"] in ("free", "forward", "backward")
                 colour = GREY if name == "random" else COLOURS[0] if cheap else COLOURS[1]
-                ax.errorbar(r["spearman"], y, xerr=r["spearman_sd"] or 0, fmt="o", ms=3.5,
+                ax.errorbar(r["agreement"], y, xerr=r["agreement_sd"] or 0, fmt="o", ms=3.5,
                             color=colour, elinewidth=1)  # fmt: skip
             ax.axvline(0, color=GREY, lw=0.8, zorder=0)
             ax.set_title(task, fontsize=9)
@@ -381,9 +382,9 @@ def measured() -> dict[str, dict[str, dict[str, float]]]:
             cost = found.setdefault(r["candidate"], {}).setdefault("cost", {})
             cost[r["case"]] = round(r["multiple"], 2)
     for r in (_read("oracle") or {"rows": []})["rows"]:
-        if r["spearman"] is not None and r["criterion"] in CRITERIA:
+        if r["agreement"] is not None and r["criterion"] in CRITERIA:
             agreement = found.setdefault(r["criterion"], {}).setdefault("oracle", {})
-            agreement[r["task"]] = round(r["spearman"], 2)
+            agreement[r["task"]] = round(r["agreement"], 2)
     return found
 
 

@@ -214,9 +214,23 @@ def run(task: str, seed: int, wanted: Mapping[str, Any]) -> None:
         print(f"{task:16s} {seed} {label:36s} {told}", flush=True)
 
 
+def agreement(row: Mapping[str, Any]) -> float | None:
+    """How well the scores tell the sizes of the changes.
+
+    A signed score predicts a signed change, so that its size is compared; but not what is no
+    change of a loss (a differential entropy below zero).
+    """
+    family = get_combination(specs()[row["criterion"]]).parts[0].family
+    by_size = row.get("sizes") is not None and family != "information"
+    value: float | None = row["sizes"] if by_size else row["spearman"]
+    return value
+
+
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds, for each task and criterion."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    known = specs()
+    rows = [r | {"agreement": agreement(r)} for r in rows if r["criterion"] in known]
     for row in rows:
         groups.setdefault((row["task"], row["criterion"]), []).append(row)
     found = []
@@ -228,13 +242,13 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "seeds": sorted(r["seed"] for r in good),
             "message": held[-1]["message"] if not good else "",
         }
-        for key in ("spearman", "within", "signed", "sizes"):
+        for key in ("agreement", "spearman", "within", "signed", "sizes"):
             values = [r[key] for r in good if r[key] is not None]
             line[key] = round(mean(values), 4) if values else None
             line[f"{key}_sd"] = round(stdev(values), 4) if len(values) > 1 else None
         if good:
             line |= {
-                "values": [round(r["spearman"], 4) for r in good],
+                "values": [round(r["agreement"], 4) for r in good],
                 "cost": good[0]["cost"],
                 "multiple": round(mean(r["multiple"] for r in good), 2),
                 "units": good[0]["units"],
@@ -242,7 +256,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         found.append(line)
     order = {name: i for i, name in enumerate(TASKS)}
-    return sorted(found, key=lambda r: (order[r["task"]], -(r["spearman"] or -1.0)))
+    return sorted(found, key=lambda r: (order[r["task"]], -(r["agreement"] or -1.0)))
 
 
 def large_costs() -> dict[str, float]:
@@ -278,12 +292,7 @@ def best(rows: list[dict[str, Any]], task: str, costs: Mapping[str, float]) -> l
         n = passes(r["criterion"], r["cost"], costs)
         if n is not None and n <= PASSES:
             found.append(r | {"passes": n})
-    return sorted(found, key=lambda r: -_strength(r))
-
-
-def _strength(row: dict[str, Any]) -> float:
-    """How well the sizes of the scores tell the sizes of the changes."""
-    return float(row["sizes"] if row["sizes"] is not None else row["spearman"])
+    return sorted(found, key=lambda r: -r["agreement"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -293,7 +302,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     labels = dict.fromkeys(r["criterion"] for r in rows)
 
     def key(label: str) -> float:
-        held = [cell[t, label]["spearman"] for t in tasks if (t, label) in cell]
+        held = [cell[t, label]["agreement"] for t in tasks if (t, label) in cell]
         known = [v for v in held if v is not None]
         return -mean(known) if known else 2.0
 
@@ -308,11 +317,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    if row["spearman"] is None:
+    if row["agreement"] is None:
         return "not scored"
-    spread = "" if row["spearman_sd"] is None else f" ± {row['spearman_sd']:.2f}"
+    spread = "" if row["agreement_sd"] is None else f" ± {row['agreement_sd']:.2f}"
     part = "" if row["units"] == row["of"] else f" ({row['units']} of {row['of']} units)"
-    return f"{row['spearman']:+.2f}{spread}{part}"
+    return f"{row['agreement']:+.2f}{spread}{part}"
 
 
 def main() -> None:
