@@ -1,6 +1,6 @@
 """Write `docs/results.md` from the JSON files in `benchmarks/results`.
 
-python benchmarks/page.py
+python -m benchmarks.page
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import oracle
+from secateurs.criteria import CRITERIA as REGISTRY
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parent.parent / "docs" / "results.md"
 
 HEAD = """# Results
 
-Written by `python benchmarks/page.py` from the files in `benchmarks/results`; run
+Written by `python -m benchmarks.page` from the files in `benchmarks/results`; run
 `make bench` to measure again. Method and controls share the budget, the schedule, the fine-tuning
 and the seeds: they differ in the scores only. The test split is evaluated once for each run. A
 difference is paired (same seed, dense and pruned); ± is the standard error over three seeds.
@@ -24,8 +27,14 @@ Samples are those of training / validation / test. "All data" is one run with on
 
 CRITERIA = """## Does the score know what removal does?
 
-All criteria beside the exact removal of every unit, their cost, and their quality after
-fine-tuning: [criteria, measured](results-criteria.md).
+Spearman rank correlation between the size of each score and that of the exact loss change of
+removing the unit (all units of the network, calibration samples, no fine-tuning), mean ± standard
+deviation over three seeds. Options, costs and quality after fine-tuning: [criteria,
+measured](results-criteria.md).
+
+![Rank correlation of the criteria with exact removal](images/criteria-oracle.png)
+
+{table}
 """
 
 
@@ -37,7 +46,9 @@ def main() -> None:
         ("weight", "Weights: at most 10 % may remain"),
     ):
         parts.append(f"## {title}\n\n{_table(rows, target)}")
-    parts.append(CRITERIA)
+    named = [r for r in json.loads((RESULTS / "oracle.json").read_text())["rows"]
+             if r["criterion"] in REGISTRY]  # fmt: skip
+    parts.append(CRITERIA.format(table=oracle.table(named)))
     parts.append(_machine())
     PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 
