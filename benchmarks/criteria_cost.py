@@ -463,7 +463,7 @@ def table(rows: list[dict[str, Any]] | None = None, *, named: bool = True) -> st
         once = f"{r['setup']:.2f}" if r["setup"] is not None else ""
         if r["once"] is not None:
             once += f" + {r['once']:.2f} importance"
-        peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:,.0f}"
+        peak = "" if r["peak_bytes"] is None else f"{max(0, r['peak_bytes']) / 1e6:,.0f}"
         cells = [r["case"], r["candidate"], value, spread, goal, once, peak]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
