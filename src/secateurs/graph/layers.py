@@ -21,10 +21,10 @@ from torch import nn
 
 from secateurs.graph.flow import Flow
 from secateurs.graph.labels import Labels
-from secateurs.graph.records import Record, Ref, Value, refs
-from secateurs.graph.zeroing import LAYERS, NORMS, SUMS, Cut, zero_cuts
+from secateurs.graph.records import Record, Ref, refs
+from secateurs.graph.sums import operands, sum_places
+from secateurs.graph.zeroing import LAYERS, NORMS, Cut, zero_cuts
 from secateurs.types import (
-    BranchSum,
     CostDim,
     CostTerm,
     Exclusion,
@@ -77,7 +77,7 @@ def find_branches(labels: Labels) -> Branches:
     refused: list[tuple[int, str]] = []
     projected: list[int] = []
     for number, record in enumerate(labels.tape.records):
-        pair = _operands(labels, record)
+        pair = operands(labels, record)
         if pair is None:
             continue
         found_skip = _skip(flow, pair, record)
@@ -107,18 +107,6 @@ def find_branches(labels: Labels) -> Branches:
     refused += [(n, PROJECTED) for n in projected if n not in covered]
     records = labels.tape.records
     return Branches(_named(flow, units), _exclusions([(records[n], why) for n, why in refused]))
-
-
-def _operands(labels: Labels, record: Record) -> tuple[int, int] | None:
-    """The two summands of a sum whose result has the shape and type of both."""
-    if record.op not in SUMS or len(record.args) < 2 or len(record.outputs) != 1:
-        return None
-    a, b = record.args[:2]
-    if not isinstance(a, Ref) or not isinstance(b, Ref) or a.id == b.id:
-        return None
-    values = [labels.value(i) for i in (record.outputs[0], a, b)]
-    same = len({(v.shape, v.dtype) for v in values}) == 1
-    return (a.id, b.id) if same and values[0].dtype.is_floating_point else None
 
 
 def _skip(flow: Flow, pair: tuple[int, int], record: Record) -> tuple[int, int] | None:
@@ -293,7 +281,7 @@ def with_layers(found: F, labels: Labels, model: nn.Module, hookable: Collection
         _sites(labels, branches.units, hookable),
         unit_names=tuple(u.name for u in branches.units),
         unit_tensors=tuple(tensors),
-        sums=tuple(_places(labels, branches.units)),
+        sums=tuple(sum_places(labels, branches.units)),
     )
     groups = {n: t for n, t in found.targets.items() if not isinstance(t, WeightTarget)}
     targets = {**groups, target.name: target, **found.targets}
@@ -366,36 +354,6 @@ def _sites(
                      np.full_like(index, number), "producer")
             )  # fmt: skip
     return tuple(sites)
-
-
-def _places(labels: Labels, units: tuple[Branch, ...]) -> list[BranchSum]:
-    """Where each unit is added to its skip, counted as anyone can who watches a run."""
-    inside: dict[tuple[str, int], list[int]] = {}
-    for number, record in enumerate(labels.tape.records):
-        if _operands(labels, record) is not None:
-            inside.setdefault((record.module, record.call), []).append(number)
-    places = []
-    for unit, branch in enumerate(units):
-        for number, skip in branch.sums:
-            record = labels.tape.records[number]
-            same = inside[record.module, record.call]
-            dim = _feature_dim(labels, branch, labels.value(record.outputs[0]))
-            order = same.index(number)
-            places.append(BranchSum(unit, record.module, record.call, order, len(same), skip, dim))
-    return places
-
-
-def _feature_dim(labels: Labels, branch: Branch, value: Value) -> int:
-    """The dimension along which the features of a stream lie: as long as what makes the branch."""
-    sizes = {labels.tape.values[i].shape[0] for i in branch.producers}
-    fits = [d for d, n in enumerate(value.shape) if d and n in sizes]
-    if len(fits) != 1:  # as convolutions and norms over channels leave it, or as linear layers do
-        readers = [
-            r for r in labels.tape.records if {x.id for x in refs(r.args)} & branch.producers
-        ]
-        last = {"linear", "layer_norm", "rms_norm", "native_layer_norm", "matmul", "addmm", "mm"}
-        fits = [len(value.shape) - 1 if {r.op for r in readers} & last else 1]
-    return min(fits[0], len(value.shape) - 1)
 
 
 def _cost(term: CostTerm, vanish: list[tuple[set[str], set[str]]]) -> CostTerm:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from secateurs.errors import FileFormatError
 from secateurs.finetuning import EpochRow, finetune
 from secateurs.tasks.base import Data, Task
+from secateurs.tensorfiles import read_tensors, write_tensors
 
 __all__ = ["dense_checkpoint", "train_dense"]
 
@@ -80,10 +78,12 @@ def dense_checkpoint(
         try:
             return _restore(task, path), data, True
         except FileFormatError as error:
-            warnings.warn(f"{error}; training {task.name} again", stacklevel=2)
+            warnings.warn(f"cache file {error}; training {task.name} again", stacklevel=2)
     model = train_dense(task, data, seed, progress=progress)
     try:
-        _write(model.state_dict(), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = model.state_dict()
+        write_tensors(path, state, {"sha256": _checksum(state)})
     except OSError as error:
         warnings.warn(f"{path} cannot be written: {error}; not cached", stacklevel=2)
     return model, data, False
@@ -118,33 +118,11 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write beside the target, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-        metadata={"sha256": _checksum(tensors)},
-    )
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _restore(task: Task, path: Path) -> nn.Module:
     """The network with the weights of a cache file, in eval mode."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            expected = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"cache file {path} cannot be read: {error}") from error
-    if _checksum(tensors) != expected:
-        raise FileFormatError(f"cache file {path} is damaged: its checksum does not match")
+    tensors, texts = read_tensors(path)
+    if _checksum(tensors) != texts.get("sha256"):
+        raise FileFormatError(f"{path} is damaged: its checksum does not match")
     model = _built(task, 0)
     model.load_state_dict(tensors)
     return model.eval()
