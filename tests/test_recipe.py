@@ -103,7 +103,7 @@ def test_every_key() -> None:
         ({"budget": 0.5}, "budget: got 0.5, should be a mapping"),
         ({"budget": {"macs": 90.0}}, "budget: Budget(macs=90.0): a float is the fraction"),
         ({"budget": {"macs": -0.1}}, "budget: Budget(macs=-0.1): a float is the fraction"),
-        ({"budget": {}}, "budget: Budget needs exactly one of units, params, macs; got none"),
+        ({"budget": {}}, "budget: Budget needs at least one of units, params, macs"),
         ({"budget": {"macs": [1]}}, "budget.macs: got [1], should be a valid number or a valid i"),
         ({"finetune": {"lr": -1}}, "finetune: Finetune: lr must be above 0"),
         ({"schedule": {"steps": 0}}, "schedule: Schedule(steps=0): a whole number"),

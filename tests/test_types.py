@@ -45,7 +45,7 @@ from secateurs.types import (
     ],
 )
 def test_an_amount_is_a_fraction_or_absolute(given: Any, amount: float) -> None:
-    found = Budget(macs=given).amount
+    found = Budget(macs=given).sizes["macs"]
     assert found == amount
     assert type(found) is type(amount)
 
@@ -78,18 +78,31 @@ def test_an_amount_out_of_range(given: Any, text: str) -> None:
         Budget(macs=given)
 
 
-def test_a_budget_has_one_quantity() -> None:
-    assert Budget(params=0.5).quantity == "params"
-    with pytest.raises(ConfigError, match="exactly one of units, params, macs; got none"):
+def test_a_budget_has_one_limit_or_several() -> None:
+    assert Budget(params=0.5).given == {"params": 0.5}
+    both = Budget(units=0.5, macs="1k", metric_drop=0.01)
+    assert both.sizes == {"units": 0.5, "macs": 1000}
+    assert repr(both) == "Budget(units=0.5, macs='1k', metric_drop=0.01)"
+    with pytest.raises(ConfigError, match=r"at least one of units, .*, metric_drop; got none"):
         Budget()
-    with pytest.raises(ConfigError, match="got units, macs"):
-        Budget(units=0.5, macs=0.5)
+
+
+@pytest.mark.parametrize("given", [0, -1.0, float("inf"), float("nan"), True, "5"])
+def test_latency_and_drop_are_absolute_numbers(given: Any) -> None:
+    with pytest.raises(ConfigError, match="milliseconds of one call, above 0"):
+        Budget(latency_ms=given)
+    if given == 0 and given is not True:
+        assert Budget(metric_drop=given).given == {"metric_drop": 0}
+        return
+    with pytest.raises(ConfigError, match="how much worse the metric may get"):
+        Budget(metric_drop=given)
 
 
 def test_a_budget_as_a_fraction_of_the_dense_model() -> None:
-    assert Budget(macs=0.25).fraction(1000) == 0.25
-    assert Budget(macs=250).fraction(1000) == 0.25
-    assert Budget(macs="1k").fraction(500) == 1.0
+    assert Budget(macs=0.25).fraction("macs", 1000) == 0.25
+    assert Budget(macs=250).fraction("macs", 1000) == 0.25
+    assert Budget(macs="1k").fraction("macs", 500) == 1.0
+    assert Budget(macs="1k", units=0.29).limit("units", 100) == 29
 
 
 GOOD: dict[str, dict[str, float]] = {

@@ -281,8 +281,10 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
         return f"secateurs run {shlex.quote(f'{where}/recipe.yaml')} {change}"
 
     lines = []
-    if stage.budget is not None and isinstance(stage.budget.amount, float):
-        share, quantity = stage.budget.amount, stage.budget.quantity
+    sizes = {} if stage.budget is None else stage.budget.sizes
+    shares = {name: amount for name, amount in sizes.items() if isinstance(amount, float)}
+    if shares:
+        quantity, share = next(iter(shares.items()))
         word, share = ("deeper", share / 2) if _hardly_lost(report) else (
             "less deep", min(1.5 * share, (1 + share) / 2)
         )  # fmt: skip

@@ -93,7 +93,7 @@ def select(scores: Scores, counts: Counts, *, previous: Plan | None = None) -> P
 def _reason(scores: Scores, counts: Counts, name: str, n_gone: int, n: int) -> str:
     asked = counts.asked
     if isinstance(asked, Budget):
-        what = f"budget {asked.quantity}={getattr(asked, asked.quantity)}"
+        what = "budget " + ", ".join(f"{k}={v}" for k, v in asked.given.items())
     else:
         what = f"threshold {asked.text}"
     below = counts.thresholds.get(name)

@@ -9,7 +9,8 @@ Either way each target loses its worst units first, so counts are all there is t
 """
 
 from secateurs.allocation import methods  # noqa: F401  (fills the registry)
-from secateurs.allocation.counts import allocate, preview, same_place
+from secateurs.allocation.counts import allocate, preview
+from secateurs.allocation.frame import same_place
 from secateurs.allocation.previews import Preview, PreviewRow
 from secateurs.allocation.problem import ALLOCATORS, Problem, allocator
 from secateurs.allocation.rounding import Rounding, RoundTo, check_round_to

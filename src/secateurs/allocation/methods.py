@@ -21,7 +21,6 @@ def uniform(problem: Problem) -> Allocation:
     rounding to the nearest count, then single units to the targets that rounding robbed most.
     """
     p = problem
-    linear = p.quantity == "units"
 
     def share(name: str, fraction: float) -> float:
         return min(max(fraction * p.n_units[name], p.low[name]), p.high[name])
@@ -30,17 +29,17 @@ def uniform(problem: Problem) -> Allocation:
         return {n: p.nearest(n, share(n, fraction)) for n in p.names}
 
     def fits(fraction: float) -> bool:
-        if linear:
+        if p.in_units:
             total = sum(p.repeats[n] * share(n, fraction) for n in p.names)
-            return total <= p.limit * (1 + 1e-12)
-        return p.cost(nearest(fraction)) <= p.limit
+            return total <= p.limits[0].most * (1 + 1e-12)
+        return p.fits(nearest(fraction))
 
     within, above = 0.0, 1.0
     for _ in range(60):
         middle = (within + above) / 2
         within, above = (middle, above) if fits(middle) else (within, middle)
     down = {n: p.snap(n, share(n, within) + 1e-9) for n in p.names}
-    start = down if linear else nearest(within)
+    start = down if p.in_units else nearest(within)
     return _fill(p, start, lambda name, count: share(name, within) - count)
 
 
@@ -52,7 +51,7 @@ def _fill(p: Problem, kept: Allocation, wish: Callable[[str, int], float]) -> Al
         # Costs only grow, so a target whose next unit does not fit now never will.
         name = max(open_, key=lambda n: wish(n, kept[n]))
         more = p.step(name, kept[name])
-        if more is None or p.cost({**kept, name: more}) > p.limit:
+        if more is None or not p.fits({**kept, name: more}):
             open_.remove(name)
         else:
             kept[name] = more
@@ -89,7 +88,7 @@ def _by_rank(p: Problem, values: Mapping[str, FloatArray]) -> Allocation:
     within, above = 0, len(ranked) + 1
     while above - within > 1:
         middle = (within + above) // 2
-        if p.cost(counts(middle)) <= p.limit:
+        if p.fits(counts(middle)):
             within = middle
         else:
             above = middle

@@ -9,16 +9,36 @@ import numpy as np
 
 from secateurs.allocation.rounding import Rounding
 from secateurs.errors import ConfigError
+from secateurs.types import Graph
 
-__all__ = ["ALLOCATORS", "Allocation", "Allocator", "FloatArray", "Problem", "allocator"]
+__all__ = ["ALLOCATORS", "Allocation", "Allocator", "FloatArray", "Limit", "Problem", "allocator"]
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Allocation = dict[str, int]
 
 
 @dataclass(frozen=True)
+class Limit:
+    """One figure of a budget.
+
+    Attributes:
+        quantity: "units", "params", "macs", "bytes" or "latency_ms".
+        cost: counts of all names -> that quantity; never falls when a count rises.
+        most: the most that it may be.
+    """
+
+    quantity: str
+    cost: Callable[[Mapping[str, int]], float]
+    most: float
+
+    def holds(self, counts: Mapping[str, int]) -> bool:
+        """Whether counts of all names are within the limit."""
+        return self.cost(counts) <= self.most
+
+
+@dataclass(frozen=True)
 class Problem:
-    """What an allocator must solve: the largest counts whose cost is within the limit.
+    """What an allocator must solve: the largest counts that are within all limits.
 
     Each name is one decision: a target, or (`homogeneous=True`) the first of several targets that
     keep equal counts.
@@ -32,9 +52,8 @@ class Problem:
         high: most units that each can keep: those that are left.
         rounding: which counts between them are allowed.
         repeats: how many targets each stands for.
-        quantity: what the budget limits: "units", "params" or "macs".
-        cost: counts of all names -> that quantity.
-        limit: the most it may be.
+        limits: what must hold, one or several.
+        graph: where the targets come from.
     """
 
     names: tuple[str, ...]
@@ -44,9 +63,17 @@ class Problem:
     high: Allocation
     rounding: Mapping[str, Rounding]
     repeats: Mapping[str, int]
-    quantity: str
-    cost: Callable[[Mapping[str, int]], int]
-    limit: int
+    limits: tuple[Limit, ...]
+    graph: Graph
+
+    @property
+    def in_units(self) -> bool:
+        """Whether the only limit is the number of units."""
+        return [limit.quantity for limit in self.limits] == ["units"]
+
+    def fits(self, counts: Mapping[str, int]) -> bool:
+        """Whether counts of all names are within every limit."""
+        return all(limit.holds(counts) for limit in self.limits)
 
     def snap(self, name: str, count: float) -> int:
         """The largest allowed count that is not above `count` (the lowest allowed at least)."""

@@ -139,6 +139,9 @@ class Stage:
             return self.budget
         cost = dense_cost(graph)
         units = sum(t.n_units for t in graph.select(self.granularity))
-        dense = {"units": units, "params": cost.params, "macs": cost.macs}[self.budget.quantity]
-        share = self.steps.remaining(step, self.budget.fraction(int(dense)))
-        return Budget(**{self.budget.quantity: min(1.0, share)})
+        dense = {"units": units, "params": cost.params, "macs": cost.macs}
+        left = {
+            name: min(1.0, self.steps.remaining(step, self.budget.fraction(name, dense[name])))
+            for name in self.budget.sizes
+        }
+        return Budget(**left)

@@ -24,7 +24,7 @@ from secateurs.report.data import (
     VerificationRow,
 )
 from secateurs.report.gather import environment, score_histogram, weight_histograms
-from secateurs.report.words import remaining_words
+from secateurs.report.words import budget_words
 from secateurs.surgery.shrinking import info_of, slice_masks
 from secateurs.surgery.storage import stored_tensors
 from secateurs.types import (
@@ -244,16 +244,14 @@ def _asked(stages: list[Counts]) -> dict[str, Any]:
         return {f"stage {i}": _asked_text(c) for i, c in enumerate(stages, start=1)}
     asked = stages[0].asked
     if isinstance(asked, Budget):
-        return {asked.quantity: asked.amount}
+        return {**asked.given, **asked.sizes}
     return {"threshold": _asked_text(stages[0]).removeprefix("threshold ")}
 
 
 def _asked_text(counts: Counts) -> str:
     asked = counts.asked
     if isinstance(asked, Budget):
-        amount = asked.amount
-        share = f"{amount:.1%}" if isinstance(amount, float) else f"{amount:,}"
-        return f"at most {share} of the {remaining_words(asked.quantity)} may remain"
+        return " and ".join(budget_words(asked.given, asked.sizes))
     given = {k: v for k, v in asdict(asked).items() if v is not None and k != "rule"}
     return f"threshold {asked.rule} ({', '.join(f'{k}={v}' for k, v in given.items())})"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
@@ -12,6 +12,7 @@ from secateurs.report.data import ControlRow, Histogram, MetricRow, Verification
 __all__ = [
     "MISSING",
     "Change",
+    "budget_words",
     "change",
     "control_verdict",
     "number",
@@ -206,6 +207,29 @@ def change(row: MetricRow) -> Change:
 def _in_sentence(name: str) -> str:
     """A row name inside a sentence: "Parameters" loses its capital, "MACs" keeps it."""
     return name[:1].lower() + name[1:] if name[1:2].islower() else name
+
+
+def budget_words(given: Mapping[str, float], sizes: Mapping[str, float]) -> list[str]:
+    """Each limit of a budget in words.
+
+    Args:
+        given: every limit; `sizes`: those on sizes, where a float is a fraction.
+
+    Example:
+        >>> budget_words({"macs": 0.25, "metric_drop": 0.01}, {"macs": 0.25})
+        ['at most 25.0% of the MACs may remain', 'the metric may drop by at most 0.01']
+    """
+    texts = []
+    for key, value in given.items():
+        if key in sizes:
+            amount = sizes[key]
+            share = f"{amount:.1%}" if isinstance(amount, float) else f"{amount:,}"
+            texts.append(f"at most {share} of the {remaining_words(key)} may remain")
+        elif key == "latency_ms":
+            texts.append(f"a call may take at most {value:g} ms")
+        else:
+            texts.append(f"the metric may drop by at most {value:g}")
+    return texts
 
 
 def remaining_words(key: str) -> str:

@@ -1,122 +1,16 @@
-"""What is asked for: how much may remain (`Budget`), or below which score units go (`Threshold`).
-
-Both are blocks of a recipe and arguments of `allocate` and `prune`, and check themselves.
-"""
+"""`Threshold`: below which score units go."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar, Literal
-
-import numpy as np
 
 from secateurs.errors import ConfigError, choose
 
-__all__ = ["RULES", "THRESHOLD_FIELDS", "Budget", "Parameter", "Rule", "Threshold"]
-
-
-def _one_of(name: str, options: Mapping[str, Any]) -> str:
-    given = [key for key, value in options.items() if value is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"{name} needs exactly one of {', '.join(options)}; got {', '.join(given) or 'none'}"
-        )
-    return given[0]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may remain of the model, as a fraction of the dense one or as an absolute figure.
-
-    A float in (0, 1] is a fraction, an int or a text such as "120M" an absolute number.
-    Exactly one of the fields is given.
-
-    Args:
-        units: units (at weight granularity: weights) among the targets.
-        params: parameters of the whole model; at weight granularity, non-zero ones.
-        macs: multiply-adds for one sample.
-
-    Raises:
-        ConfigError: not exactly one field, or a figure out of range.
-
-    Example:
-        >>> Budget(macs=0.25)
-        Budget(units=None, params=None, macs=0.25)
-        >>> Budget(params="1.5M").amount
-        1500000
-        >>> Budget(macs=90.0)
-        Traceback (most recent call last):
-        secateurs.errors.ConfigError: Budget(macs=90.0): a float is the fraction that may \
-remain, in (0, 1]. Did you mean 0.9? (an absolute figure is an int or a text such as "120M")
-    """
-
-    units: float | int | str | None = None
-    params: float | int | str | None = None
-    macs: float | int | str | None = None
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        _one_of("Budget", self._fields())
-        _ = self.amount
-
-    def _fields(self) -> dict[str, Any]:
-        return {"units": self.units, "params": self.params, "macs": self.macs}
-
-    @property
-    def quantity(self) -> Literal["units", "params", "macs"]:
-        """Which figure is limited."""
-        return _one_of("Budget", self._fields())  # type: ignore[return-value]
-
-    @property
-    def amount(self) -> float | int:
-        """The limit: a float is a fraction of the dense model, an int is absolute."""
-        key = self.quantity
-        return _amount(f"Budget({key}={self._fields()[key]!r})", self._fields()[key])
-
-    def fraction(self, dense: int) -> float:
-        """The limit as a fraction of the dense model, at most 1."""
-        return self.amount if isinstance(self.amount, float) else min(1.0, self.amount / dense)
-
-
-_SUFFIX = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-
-
-def _amount(where: str, value: Any) -> float | int:
-    no_number = ConfigError(f'{where}: not a number; write for example "120M", 5000 or 0.5')
-    if isinstance(value, str):
-        value = _amount_of_text(value)
-    if isinstance(value, bool) or not isinstance(value, Real) or value != value:
-        raise no_number
-    if isinstance(value, Integral):
-        if value < 1:
-            raise ConfigError(f"{where}: an absolute figure must be at least 1")
-        return int(value)
-    share = float(value)
-    if 0 < share <= 1:
-        return share
-    hint = f" Did you mean {share / 100:g}?" if 1 < share <= 100 else ""
-    raise ConfigError(
-        f"{where}: a float is the fraction that may remain, in (0, 1].{hint} "
-        f'(an absolute figure is an int or a text such as "120M")'
-    )
-
-
-def _amount_of_text(text: str) -> float | int | None:
-    """ "120M" -> 120000000, "0.5" -> 0.5, "1e-1" (a text in YAML) -> 0.1; None: not a number."""
-    text = text.strip().upper()
-    factor = _SUFFIX.get(text[-1:], 1)
-    try:
-        number = float(text[:-1] if factor > 1 else text)
-    except ValueError:
-        return None
-    if not np.isfinite(number):
-        return None
-    fraction = abs(number) < 1 or ("." in text and "E" not in text)
-    return number if factor == 1 and fraction else round(number * factor)
+__all__ = ["RULES", "THRESHOLD_FIELDS", "Parameter", "Rule", "Threshold"]
 
 
 @dataclass(frozen=True)
