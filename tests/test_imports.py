@@ -18,7 +18,7 @@ SRC = Path(secateurs.__file__).parent
 # own, anywhere in its code: neither a later line, nor a neighbour on the same line.
 LAYERS = (
     "errors",
-    "asked bars filters inventory targets tensorfiles workers",
+    "asked bars filters imports inventory kth targets tensorfiles workers",
     "types distributed",
     "batches",
     "graph cost criteria schedules",
@@ -26,14 +26,15 @@ LAYERS = (
     "scoring watching allocation masks",
     "finetuning surgery controls testing",
     "macs health carrying",
-    "latency diagnosis",
+    "latency diagnosis sensitivities",
     "measurement",
     "report export",
     "pipeline",
-    "imports tasks",
+    "tasks",
     "recipe",
-    "search runner",
+    "runner",
     "ablation",
+    "search",
     "integrations",
     "cli",
 )

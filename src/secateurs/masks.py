@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from secateurs.errors import ConfigError, SoundnessError
 
 __all__ = [
+    "HeldMasks",
     "apply_masks_",
     "bake_masks_",
     "check_masks",
@@ -62,7 +64,7 @@ def apply_masks_(model: nn.Module, masks: Masks) -> None:
         0.0
     """
     with torch.no_grad():
-        for tensor, removed in _matched(model, masks):
+        for _, tensor, removed in _matched(model, masks):
             tensor.masked_fill_(removed, 0)
 
 
@@ -76,14 +78,17 @@ def check_masks(model: nn.Module, masks: Masks) -> None:
     tensors = named_tensors(model)
     _validate(tensors, masks)
     for name, mask in masks.items():
-        removed = ~mask.to(tensors[name].device)
-        leaked = tensors[name].detach()[removed] != 0
-        if leaked.any():
-            raise SoundnessError(
-                f"removed entries must stay zero: {name} {tuple(mask.shape)} has "
-                f"{int(leaked.sum())} of {int(removed.sum())} removed entries that are not zero. "
-                "Train inside hold_masks(model, optimizer, masks)"
-            )
+        _check_zero(name, tensors[name], ~mask.to(tensors[name].device))
+
+
+def _check_zero(name: str, tensor: Tensor, removed: Tensor) -> None:
+    leaked = tensor.detach()[removed] != 0
+    if leaked.any():
+        raise SoundnessError(
+            f"removed entries must stay zero: {name} {tuple(removed.shape)} has "
+            f"{int(leaked.sum())} of {int(removed.sum())} removed entries that are not zero. "
+            "Train inside hold_masks(model, optimizer, masks)"
+        )
 
 
 def bake_masks_(model: nn.Module, masks: Masks) -> None:
@@ -100,7 +105,7 @@ def bake_masks_(model: nn.Module, masks: Masks) -> None:
 
 
 @contextmanager
-def hold_masks(model: nn.Module, optimizer: Optimizer | None, masks: Masks) -> Iterator[None]:
+def hold_masks(model: nn.Module, optimizer: Optimizer | None, masks: Masks) -> Iterator[HeldMasks]:
     """Keep removed entries exactly zero while the model trains.
 
     On entry: masks are applied, gradients that exist are masked, and optimizer state of the
@@ -108,6 +113,8 @@ def hold_masks(model: nn.Module, optimizer: Optimizer | None, masks: Masks) -> I
     masked as soon as it is accumulated, so clipping sees only what is kept; after each optimizer
     step weights, buffers and state are zeroed again, so weight decay and momentum cannot move them.
     At exit, also after an exception: masks are applied once more and every hook is removed.
+
+    To cut more while training, call `grow` of the value of the `with` statement: see `HeldMasks`.
 
     Removed entries are overwritten, never multiplied: a NaN in them does not survive. Inside the
     context `state_dict` keys, `copy.deepcopy(model)` and `torch.compile` work as without it; a deep
@@ -134,42 +141,123 @@ def hold_masks(model: nn.Module, optimizer: Optimizer | None, masks: Masks) -> I
         >>> layer.weight[0, 1].item()
         0.0
     """
-    held = [(tensor, _eraser(tensor, removed)) for tensor, removed in _matched(model, masks)]
+    held = HeldMasks(model, optimizer)
+    entries = held._prepared(masks)
     if optimizer is not None:
         _check_optimizer(model, optimizer)
-
-    def erase_all(*_: Any) -> None:
-        for tensor, erase in held:
-            erase(tensor)
-            if optimizer is None or not tensor.dim():  # a step counter has no dimension either
-                continue
-            for state in optimizer.state.get(tensor, {}).values():
-                if isinstance(state, Tensor) and state.shape == tensor.shape:
-                    erase(state)
-
     with ExitStack() as hooks:
-        for tensor, erase in held:
+        hooks.callback(held._release)
+        if optimizer is not None:
+            step_hook = optimizer.register_step_post_hook(lambda *_: held._erase())
+            hooks.callback(step_hook.remove)
+        held._hold(entries)
+        try:
+            yield held
+        finally:
+            held._erase()
+
+
+class HeldMasks:
+    """What `hold_masks` yields: the masks that are held now.
+
+    Example:
+        >>> layer = nn.Linear(3, 1, bias=False)
+        >>> with hold_masks(layer, None, {"weight": torch.tensor([[True, True, False]])}) as held:
+        ...     held.grow({"weight": torch.tensor([[True, False, False]])})
+        >>> (layer.weight != 0).tolist()
+        [[True, False, False]]
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._entries: list[_Entry] = []
+        self._hooks = ExitStack()
+
+    def grow(self, masks: Masks) -> None:
+        """Hold masks that remove more, from now on.
+
+        Newly removed entries of weights, buffers and optimizer state are zero at once; the rest of
+        the state stays as it is. Best called between two optimizer steps.
+
+        Raises:
+            ConfigError: masks do not fit, or keep an entry that is removed already. Nothing is
+                changed then.
+        """
+        entries = self._prepared(masks)
+        now: dict[int, Tensor] = {}
+        for entry in entries:
+            known = now.get(id(entry.tensor))
+            now[id(entry.tensor)] = entry.removed if known is None else known | entry.removed
+        for old in self._entries:
+            removed = now.get(id(old.tensor))
+            back = old.removed if removed is None else old.removed & ~removed
+            if back.any():
+                raise ConfigError(
+                    f"masks may only grow: {old.name} {tuple(old.tensor.shape)} would get "
+                    f"{int(back.sum())} removed entries back. Leave hold_masks and enter it again "
+                    "with the new masks"
+                )
+        self._release()
+        self._hold(entries)
+
+    def _prepared(self, masks: Masks) -> list[_Entry]:
+        """Masks checked and copied."""
+        return [
+            _Entry(name, tensor, removed, _eraser(tensor, removed))
+            for name, tensor, removed in _matched(self._model, masks)
+        ]
+
+    def _hold(self, entries: list[_Entry]) -> None:
+        """Hold these entries: gradient hooks, and everything zero once."""
+        self._entries = entries
+        for entry in entries:
+            tensor = entry.tensor
             if tensor.grad is not None:
-                erase(tensor.grad)
+                entry.erase(tensor.grad)
             if tensor.requires_grad:
                 register = tensor.register_post_accumulate_grad_hook
-                handle = register(_mask_gradient(erase))  # type: ignore[no-untyped-call]
-                hooks.callback(handle.remove)
-        if optimizer is not None:
-            hooks.callback(optimizer.register_step_post_hook(erase_all).remove)
-        erase_all()
-        try:
-            yield
-        finally:
-            erase_all()
+                handle = register(_mask_gradient(entry.erase))  # type: ignore[no-untyped-call]
+                self._hooks.callback(handle.remove)
+        self._erase()
+
+    def _erase(self) -> None:
+        """Zero what is removed, in tensors and in optimizer state."""
+        for entry in self._entries:
+            tensor = entry.tensor
+            entry.erase(tensor)
+            if self._optimizer is None or not tensor.dim():  # a step counter has no dimension too
+                continue
+            for state in self._optimizer.state.get(tensor, {}).values():
+                if isinstance(state, Tensor) and state.shape == tensor.shape:
+                    entry.erase(state)
+
+    def _release(self) -> None:
+        """Remove the gradient hooks."""
+        self._hooks.close()
+
+    def check(self) -> None:
+        """Raise unless every removed entry of the model is exactly zero, as `check_masks`."""
+        tensors = named_tensors(self._model)
+        for entry in self._entries:
+            _check_zero(entry.name, tensors[entry.name], entry.removed)
 
 
-def _matched(model: nn.Module, masks: Masks) -> list[tuple[Tensor, Tensor]]:
-    """(tensor, removed entries on its device) of every mask that removes something."""
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One mask that is held."""
+
+    name: str
+    tensor: Tensor
+    removed: Tensor
+    erase: Callable[[Tensor], None]
+
+
+def _matched(model: nn.Module, masks: Masks) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, tensor, removed entries on its device) of every mask that removes something."""
     tensors = named_tensors(model)
     _validate(tensors, masks)
-    pairs = [(tensors[name], ~mask.to(tensors[name].device)) for name, mask in masks.items()]
-    return [(tensor, removed) for tensor, removed in pairs if removed.any()]
+    found = [(n, tensors[n], ~mask.to(tensors[n].device)) for n, mask in masks.items()]
+    return [entry for entry in found if entry[2].any()]
 
 
 def _validate(tensors: Mapping[str, Tensor], masks: Masks) -> None:

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveInt,
+    Tag,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
 
 from secateurs.allocation import ALLOCATORS, check_round_to
+from secateurs.asked.dotted import set_value
+from secateurs.asked.search import Folds, Search
 from secateurs.controls import CONTROLS
 from secateurs.criteria import get_combination
 from secateurs.errors import ConfigError, choose
@@ -41,12 +47,19 @@ from secateurs.types import Budget, Threshold, expand_granularity
 __all__ = ["Recipe", "StageRecipe", "override", "parse_recipe", "read_recipe"]
 
 
+Asked = Annotated[
+    Annotated[Budget, Tag("limits")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "auto" if isinstance(value, str) else "limits"),
+]
+"""A budget: limits, or "auto"."""
+
+
 class StageRecipe(BaseModel):
     """One round of pruning; the fields are those of `secateurs.pipeline.Stage`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    budget: Budget | None = None
+    budget: Asked | None = None
     threshold: Threshold | None = None
     criterion: str | dict[str, Any] = "taylor"
     granularity: str | list[str] = "structured"
@@ -57,6 +70,18 @@ class StageRecipe(BaseModel):
     round_to: int | str | dict[str, int] = "auto"
     homogeneous: bool = False
     control: str | list[str] | None = None
+    max_drop: float | None = None
+    allow_missed: bool = False
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _curve_beside_recipe(cls, value: Any, info: ValidationInfo) -> Any:
+        """A curve of the user's own is looked for beside the recipe first."""
+        curve = value.get("curve") if isinstance(value, Mapping) else None
+        if isinstance(curve, str) and ":" in curve:
+            base = (info.context or {}).get("base")
+            return {**value, "curve": _anchored(curve, "schedule curve", base)}
+        return value
 
     @field_validator("criterion", "granularity", "allocation", "round_to", "control")
     @classmethod
@@ -88,7 +113,8 @@ class StageRecipe(BaseModel):
             budget=self.budget, threshold=self.threshold, criterion=self.criterion,
             granularity=kinds, allocation=self.allocation, schedule=self.schedule,
             finetune=self.finetune, min_keep=self.min_keep, round_to=self.round_to,
-            homogeneous=self.homogeneous, control=control,
+            homogeneous=self.homogeneous, control=control, max_drop=self.max_drop,
+            allow_missed=self.allow_missed,
         )  # fmt: skip
 
 
@@ -122,6 +148,9 @@ class Recipe(StageRecipe):
         seeds: of a comparison with controls, in place of `seed`; see `controls`.
         full_data: train a task on all its data where it uses a subset.
         latency: batch sizes that are timed.
+        search: what `secateurs search` tries and wants, see `Search`.
+        fit: for a search with model and data: import path of `fit(batches)`, which trains a new
+            dense network of the same architecture on these batches and returns it.
     """
 
     task: str | None = None
@@ -140,6 +169,12 @@ class Recipe(StageRecipe):
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = None
     full_data: bool = False
     latency: list[PositiveInt] = Field(default_factory=lambda: [1, 256])
+    search: Search | None = None
+    fit: str | None = None
+
+    @field_serializer("search")
+    def _plain_search(self, value: Search | None) -> dict[str, Any] | None:
+        return None if value is None else value.to_dict()
 
     @field_validator("form")
     @classmethod
@@ -182,7 +217,9 @@ class Recipe(StageRecipe):
         blocks = []
         for stage in self.stages or [self]:
             block = stage.model_dump(mode="json", exclude_none=True, include=own)
-            block["schedule"] = asdict(stage.stage().steps)
+            block["schedule"] = _said(stage.stage().steps)
+            if not stage.allow_missed:
+                del block["allow_missed"]
             blocks.append({k: block[k] for k in StageRecipe.model_fields if k in block})
         if self.stages and self.control is not None:
             full["control"] = self.control
@@ -190,19 +227,40 @@ class Recipe(StageRecipe):
 
     def anchored(self, base: Path | None) -> Recipe:
         """The same recipe with absolute file paths, so that it runs from anywhere."""
-        changed = {}
-        for name in ("model", "data", "loss", "metric"):
-            place, colon, function = (getattr(self, name) or "").rpartition(":")
-            beside = base / f"{place}.py" if base and "." not in place else None
-            if place.endswith(".py"):
-                changed[name] = f"{find_file(place, name, base)}{colon}{function}"
-            elif beside is not None and beside.is_file() and find_spec(place) is None:
-                changed[name] = f"{beside.resolve()}{colon}{function}"
+        changed: dict[str, Any] = {
+            name: _anchored(path, name, base)
+            for name in ("model", "data", "loss", "metric", "fit")
+            if (path := getattr(self, name)) is not None
+        }
+        if self.search is not None and (groups := self.search.folds.groups) is not None:
+            folds = replace(self.search.folds, groups=_anchored(groups, "folds.groups", base))
+            changed["search"] = replace(self.search, folds=folds)
         return self.model_copy(update=changed)
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.resolved(), sort_keys=False)
+
+
+def _anchored(path: str, what: str, base: Path | None) -> str:
+    """An import path whose file, if it names one beside the recipe, is absolute."""
+    place, colon, function = path.rpartition(":")
+    beside = base / f"{place}.py" if base and "." not in place else None
+    if place.endswith(".py"):
+        return f"{find_file(place, what, base)}{colon}{function}"
+    if beside is not None and beside.is_file() and find_spec(place) is None:
+        return f"{beside.resolve()}{colon}{function}"
+    return path
+
+
+def _said(schedule: Schedule) -> dict[str, Any]:
+    """A schedule with curve and steps, and what else differs from the default."""
+    own = {f.name: f.default for f in fields(Schedule)}
+    return {
+        name: value
+        for name, value in asdict(schedule).items()
+        if name in ("curve", "steps") or value != own[name]
+    }
 
 
 def read_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -222,7 +280,7 @@ def read_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         ...     file = Path(folder, "recipe.yaml")
         ...     _ = file.write_text("task: digits-cnn\\nbudget: {macs: 0.5}\\n")
         ...     read_recipe(file, ("budget.macs=0.25",)).budget
-        Budget(units=None, params=None, macs=0.25)
+        Budget(macs=0.25)
     """
     file = Path(path)
     if not file.is_file():
@@ -243,7 +301,7 @@ def read_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise ConfigError(f"{file} {held}; a recipe is a mapping of keys to values")
     for text in overrides:
         override(data, text)
-    return parse_recipe(data, str(file))
+    return parse_recipe(data, str(file), file.absolute().parent)
 
 
 class _Loader(yaml.SafeLoader):
@@ -259,11 +317,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_recipe(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a recipe that is a mapping already; errors as `read_recipe`."""
+def parse_recipe(
+    data: Mapping[str, Any], where: str = "recipe", base: Path | None = None
+) -> Recipe:
+    """Validate a recipe that is a mapping already; errors as `read_recipe`.
+
+    Args:
+        data: keys and values.
+        where: for messages.
+        base: directory where a curve of the user's own is looked for first.
+    """
+    data = _started(data)
     problems = set(_conflicts(data))
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data, context={"base": base})
     except ValidationError as error:
         problems |= set(_problems(data, [dict(e) for e in error.errors()]))
     if problems:
@@ -271,12 +338,30 @@ def parse_recipe(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
+def _started(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the first value of each budget and threshold that only the search names."""
+    search = data.get("search")
+    space = search.get("space") if isinstance(search, Mapping) else None
+    if not isinstance(space, Mapping):
+        return data
+    filled = deepcopy(dict(data))
+    for key, choice in space.items():
+        root = str(key).partition(".")[0]
+        if root not in ("budget", "threshold") or data.get(root) is not None:
+            continue
+        listed = isinstance(choice, Sequence) and not isinstance(choice, str) and choice
+        value = choice[0] if listed else choice.get("low") if isinstance(choice, Mapping) else None
+        if value is not None:
+            set_value(filled, str(key), value, "search.space")
+    return filled
+
+
 def _conflicts(data: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong between keys; one line each."""
     given = {str(key) for key, value in data.items() if value is not None}
     own = sorted(given & {"model", "data"})
     if "task" in given:
-        for name in sorted(given & {"loss", "metric", "model", "data"}):
+        for name in sorted(given & {"fit", "loss", "metric", "model", "data"}):
             yield f"{name}: a task has its own; give task, or model with data"
     elif not own:
         yield "recipe: give task, or model with data"
@@ -340,7 +425,8 @@ def _path(data: Any, error: Mapping[str, Any]) -> list[str]:
 
 def _known_keys(path: list[str]) -> list[str]:
     nested: dict[str, Any] = {
-        "budget": Budget, "threshold": Threshold, "schedule": Schedule, "finetune": Finetune
+        "budget": Budget, "threshold": Threshold, "schedule": Schedule, "finetune": Finetune,
+        "search": Search, "folds": Folds,
     }  # fmt: skip
     names = [p for p in path if not p.isdigit()]
     if names and names[-1] in nested:
@@ -365,24 +451,4 @@ def override(data: dict[str, Any], text: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not valid YAML") from error
-    *parents, last = key.strip().split(".")
-    place: Any = data
-    for part in parents:
-        if isinstance(place, dict):
-            if place.get(part) is None:
-                place[part] = {}
-            place = place[part]
-        elif isinstance(place, list) and part.isdigit() and int(part) < len(place):
-            place = place[int(part)]
-        else:
-            raise ConfigError(f"--set {text!r}: {_no_key(place, part)}")
-    if not isinstance(place, dict):
-        raise ConfigError(f"--set {text!r}: {_no_key(place, last)}")
-    place[last] = parsed
-
-
-def _no_key(place: Any, part: str) -> str:
-    if isinstance(place, list):
-        numbers = f"0 to {len(place) - 1}" if place else "none yet"
-        return f"a list has no key {part!r}; name an entry by its number ({numbers}), then its key"
-    return f"{place!r} has no key {part!r} below it"
+    set_value(data, key.strip(), parsed, f"--set {text!r}")

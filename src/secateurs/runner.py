@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from secateurs.report import check_available
 from secateurs.report.data import Report
 from secateurs.tasks import dense_checkpoint, get_task
 from secateurs.tasks.base import Metric, accuracy
-from secateurs.types import Batches, Evaluate, Graph, Inputs, LossFn
+from secateurs.types import Batches, Budget, Evaluate, Graph, Inputs, LossFn
 
 __all__ = [
     "Problem",
@@ -59,6 +59,7 @@ class Problem:
         loss_fn: `loss_fn(outputs, targets)`.
         metric: `metric(model, batches)`.
         sizes: samples in each split, where known.
+        groups: "train" and "validation" -> the group of each sample, where the data has groups.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Problem:
     loss_fn: LossFn
     metric: Metric
     sizes: Mapping[str, int]
+    groups: Mapping[str, Sequence[Any]] | None = None
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -181,6 +183,7 @@ def _own_problem(recipe: Recipe, base: Path | None) -> Problem:
         loss_fn=loss_fn,
         metric=metric,
         sizes={k: n for k in wanted if (n := _n_samples(data[k]))},
+        groups=data.get("groups"),
     )
 
 
@@ -234,6 +237,11 @@ def run_recipe(
             f"this recipe compares its criterion with {', '.join(recipe.controls)}: many runs. "
             "Use secateurs.ablation.ablate, or leave control (and seeds) away for one run"
         )
+    if recipe.search is not None:
+        raise ConfigError(
+            "this recipe searches: many runs. Use `secateurs search`, or take the block search: "
+            "away for one run"
+        )
     check_available()
     result = prune_stages(
         problem.model,
@@ -281,7 +289,7 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
         return f"secateurs run {shlex.quote(f'{where}/recipe.yaml')} {change}"
 
     lines = []
-    sizes = {} if stage.budget is None else stage.budget.sizes
+    sizes = stage.budget.sizes if isinstance(stage.budget, Budget) else {}
     shares = {name: amount for name, amount in sizes.items() if isinstance(amount, float)}
     if shares:
         quantity, share = next(iter(shares.items()))

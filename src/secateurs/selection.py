@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from secateurs.errors import ConfigError, ScoringError, choose
+from secateurs.errors import ConfigError, choose
+from secateurs.kth import count_left, keep_mask, kth_largest
 from secateurs.types import (
     Budget,
     Counts,
@@ -53,41 +54,83 @@ def select(scores: Scores, counts: Counts, *, previous: Plan | None = None) -> P
         ScoringError: a score is not a number.
     """
     graph = scores.graph
-    removed = dict(previous.removed) if previous is not None else {}
+    removed = RemovedTable.after(previous)
     reasons = dict(previous.reasons) if previous is not None else {}
-    for name, count in counts.kept.items():
+    for name, count in _structure_first(graph, counts).items():
         choose(name, scores.values, "scored target")
-        values = scores.values[name].reshape(-1).clone()
-        if torch.isnan(values).any():
-            raise ScoringError(f"{name}: a score is not a number; score the target again")
-        if previous is not None and name in previous.removed:
-            values[previous.removed[name]] = float("-inf")
-        if previous is not None and isinstance(graph.targets[name], WeightTarget):
-            mask = previous.masks.get(name)
-            if mask is not None:  # rows and columns of removed units hold no weights
-                values[~mask.reshape(-1)] = float("-inf")
-        left = int((values > float("-inf")).sum())
+        if count == 0 and name in _gone_whole(graph, removed.units, previous):
+            continue  # all of it goes with its layer
+        values = scores.values[name].reshape(-1)
+        left = count_left(name, values)
+        gone = _gone(graph, name, removed, previous)
+        if gone is not None:
+            values = values.masked_fill(gone, float("-inf"))
+            left = count_left(name, values)
         if not 1 <= count <= left:
             raise ConfigError(
                 f"{name} has {left} of {len(values)} units left, it cannot keep {count}. "
                 f"Ask for 1 to {left}"
             )
-        gone = order_of(values)[count:].sort().values
-        if len(gone):
-            removed[name] = gone
-            reasons[name] = _reason(scores, counts, name, len(gone), len(values))
+        if count < len(values):
+            cut = kth_largest({name: values}, count)
+            mask = keep_mask(values, cut.threshold, cut.equal[name])
+            removed.add(name, mask, single=isinstance(graph.targets[name], WeightTarget))
+            reasons[name] = _reason(scores, counts, name, len(values) - count, len(values))
     masks: Mapping[str, Tensor] = _masks(graph, removed)
-    kept = _kept(graph, removed)
+    kept = _kept(graph, removed.units)
     shapes = {name: _shape(graph, name) for name in dict.fromkeys([*masks, *kept])}
     if previous is not None:
         masks, shapes, kept = _join(previous, masks, shapes, kept)
-    layers = _layers(graph, removed, {} if previous is None else previous.layers)
+    layers = _layers(graph, removed.units, {} if previous is None else previous.layers)
     kinds: set[str] = {graph.targets[name].kind for name in removed if name in graph.targets}
     kinds |= set(previous.granularity if previous is not None else ())
     return Plan(
         kept, masks, removed, shapes, tuple(sorted(kinds)), reasons, graph.outputs, layers,
         graph.detail,
     )  # fmt: skip
+
+
+def _structure_first(graph: Graph, counts: Counts) -> dict[str, int]:
+    """Counts with those of single weights last: they rank what is inside of the units that stay."""
+    weights = [n for n in counts.kept if isinstance(graph.targets.get(n), WeightTarget)]
+    return {n: counts.kept[n] for n in [*(n for n in counts.kept if n not in weights), *weights]}
+
+
+def _gone_whole(graph: Graph, removed: Mapping[str, Tensor], previous: Plan | None) -> set[str]:
+    """Tensors that go with a removed layer."""
+    layers = _layers(graph, removed, {} if previous is None else previous.layers)
+    return {name for names in layers.values() for name in names}
+
+
+def _gone(graph: Graph, name: str, removed: RemovedTable, previous: Plan | None) -> Tensor | None:
+    """(n_units,) bool: the units of a target that went earlier; None if there are none."""
+    target = graph.targets[name]
+    gone = None
+    if name in removed.units:
+        gone = torch.zeros(target.n_units, dtype=torch.bool)
+        gone[removed.units[name]] = True
+    if not isinstance(target, WeightTarget):
+        return gone
+    # Rows and columns of removed units hold no weights, whenever those went.
+    masks = [_inside(graph, target, removed.units), removed.single.get(name)]
+    masks.append(None if previous is None else previous.masks.get(name))
+    for mask in masks:
+        if mask is not None:
+            lost = ~mask.reshape(-1)
+            gone = lost if gone is None else gone.logical_or_(lost)
+    return gone
+
+
+def _inside(graph: Graph, target: WeightTarget, removed: Mapping[str, Tensor]) -> Tensor | None:
+    """Bool: the weights of a tensor that lie in no row or column of a removed unit."""
+    mask = None
+    for other, gone in removed.items():
+        group = graph.targets.get(other)
+        for member, rows in _lost(group, gone) if isinstance(group, GroupTarget) else ():
+            if member.tensor == target.name:
+                mask = torch.ones(target.shape, dtype=torch.bool) if mask is None else mask
+                mask.index_fill_(member.dim, rows, False)
+    return mask
 
 
 def _reason(scores: Scores, counts: Counts, name: str, n_gone: int, n: int) -> str:
@@ -98,9 +141,10 @@ def _reason(scores: Scores, counts: Counts, name: str, n_gone: int, n: int) -> s
         what = f"threshold {asked.text}"
     below = counts.thresholds.get(name)
     limit = "" if below is None else f"; kept from a score of {below:.6g}"
+    notes = "".join(f"; {note}" for note in counts.notes)
     return (
         f"{n_gone} of {n} {scores.graph.targets[name].kind} units removed by criterion "
-        f"{scores.criterion}, {what}{limit}"
+        f"{scores.criterion}, {what}{limit}{notes}"
     )
 
 
@@ -146,11 +190,66 @@ class MaskTable(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def _masks(graph: Graph, removed: Mapping[str, Tensor]) -> MaskTable:
+class RemovedTable(Mapping[str, Tensor]):
+    """Removed units: of structure as they are, of single weights read off their mask.
+
+    Their numbers would take eight bytes for each removed weight.
+
+    Attributes:
+        units: target name -> (n,) removed units.
+        single: name of a weight target -> (n_units,) bool, True = keep.
+    """
+
+    def __init__(self) -> None:
+        self.units: dict[str, Tensor] = {}
+        self.single: dict[str, Tensor] = {}
+        self._names: dict[str, None] = {}
+
+    @classmethod
+    def after(cls, previous: Plan | None) -> RemovedTable:
+        """A new one that holds what was removed earlier."""
+        table = cls()
+        earlier = {} if previous is None else previous.removed
+        table._names = dict.fromkeys(earlier)
+        if isinstance(earlier, RemovedTable):
+            table.units, table.single = dict(earlier.units), dict(earlier.single)
+        else:
+            table.units = dict(earlier)
+        return table
+
+    def add(self, name: str, mask: Tensor, *, single: bool) -> None:
+        """Remove the units of a target where the mask is False, and no others."""
+        self._names[name] = None
+        if single:
+            self.units.pop(name, None)
+            self.single[name] = mask
+        else:
+            self.units[name] = (~mask).nonzero().reshape(-1)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.single:
+            return (~self.single[name]).nonzero().reshape(-1)
+        return self.units[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _masks(graph: Graph, removed: RemovedTable) -> MaskTable:
     """Masks of the dense shape for everything that removed units touch."""
     lines: dict[str, list[tuple[int, Tensor]]] = {}
-    single: dict[str, Tensor] = {}
-    for name, gone in removed.items():
+    single = {
+        name: mask.view(_shape(graph, name))
+        for name, mask in removed.single.items()
+        if name in graph.targets
+    }
+    for name, gone in removed.units.items():
         target = graph.targets.get(name)
         if target is None:
             continue  # of an earlier plan for another graph: its masks are joined as they are

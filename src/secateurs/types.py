@@ -106,19 +106,23 @@ class CostDim:
 
 @dataclass(frozen=True, eq=False)
 class CostTerm:
-    """Parameters and MACs that vanish with units: the product of its dimensions.
+    """Parameters, MACs and bytes that vanish with units: the product of its dimensions.
 
     Attributes:
-        name: the parameter (or operator) it stands for.
-        dims: the parameter count is the product of the entries that remain in each.
-        is_parameter: whether it counts as parameters (else only as MACs).
+        name: the parameter, buffer or operator it stands for.
+        dims: the number of elements is the product of the entries that remain in each.
+        is_parameter: whether it counts as parameters (else only as MACs and bytes).
         uses: MACs per element for one sample (a convolution weight: output positions).
+        item_bytes: of one element in the stored model; 0 for what is not stored.
+        names: names that it is stored under, each with its own copy (tied tensors).
     """
 
     name: str
     dims: tuple[CostDim, ...]
     is_parameter: bool = True
     uses: float = 0.0
+    item_bytes: int = 0
+    names: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +132,7 @@ class Graph:
     Attributes:
         targets: all targets by name: groups first, in execution order, then weights.
         excluded: parts that are left whole.
-        costs: one term per parameter and per operator that multiplies activations.
+        costs: one term per parameter, per buffer, and per operator that multiplies activations.
         front_end: which capture made it, e.g. "torch.export".
         unknown_ops: operators without a rule; what they touch is pinned.
         outputs: names of the model's outputs that matter; empty for all.
@@ -240,9 +244,12 @@ class Counts:
     Attributes:
         kept: target name -> units kept.
         asked: the budget or threshold.
-        realised: remaining fraction of the dense model for "units", "params" and "macs".
+        realised: remaining fraction of the dense model for "units", "params", "macs" and "bytes",
+            where the graph knows them; with a latency table also "latency_ms", the milliseconds
+            that it predicts.
         thresholds: target name -> score below which units go (for plots and messages).
         round_to: target name -> its count is a multiple of this; only where that is above 1.
+        notes: what a reader should know (counts that were estimated from a sample).
     """
 
     kept: Mapping[str, int]
@@ -250,6 +257,7 @@ class Counts:
     realised: Mapping[str, float] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
     round_to: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,9 @@ from secateurs.types import Budget, Scores, Threshold
 from tests.graphs import conv, mlp, units_graph
 
 INF = float("inf")
-METHODS = pytest.mark.parametrize("method", ALLOCATORS)
+METHODS = pytest.mark.parametrize(
+    "method", [m for m in ALLOCATORS if m not in ("sensitivity", "multi_scale")]
+)
 
 
 def scores_of(
@@ -316,7 +318,7 @@ def test_large_weight_problems_are_quick() -> None:
     )
     g = torch.Generator().manual_seed(0)
     s = Scores(graph, {n: torch.rand(size, generator=g) for n, size in sizes.items()}, "test")
-    for method in ALLOCATORS:
+    for method in set(ALLOCATORS) - {"sensitivity", "multi_scale"}:
         counts = allocate(s, Budget(params=0.1), method=method)
         assert sum(counts.kept.values()) == 30_000
     with pytest.raises(ConfigError, match="save no dense multiply-adds"):

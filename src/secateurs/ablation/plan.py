@@ -19,7 +19,7 @@ from secateurs.recipe import Recipe
 from secateurs.runner import RESULTS, Problem, check_output, check_recipe, load_problem
 from secateurs.types import Graph
 
-__all__ = ["Intended", "Job", "check_ablation", "controlled", "versions"]
+__all__ = ["Intended", "Job", "check_ablation", "controlled", "own_files", "versions"]
 
 N_SEEDS = 3
 
@@ -97,6 +97,11 @@ def check_ablation(
         raise ConfigError(
             "no control to compare with: give control: all, or a list such as [shuffle, invert]"
         )
+    if any(stage.wants_drop or stage.max_drop is not None for stage in recipe.all_stages()):
+        raise ConfigError(
+            "a comparison needs runs of equal size, and a limit on the drop of the metric ends "
+            "each at a size of its own: leave max_drop and metric_drop away"
+        )
     recipe = recipe.anchored(base)
     check_output(out, force=True)
     single = [name for name in RESULTS if name != "recipe.yaml" and (out / name).exists()]
@@ -141,7 +146,7 @@ def _jobs(
     skipped: dict[str, str],
 ) -> list[Job]:
     """Every run, seed by seed, the criterion first; without the controls that are skipped."""
-    made_with = {"files": _own_files(recipe), **versions()}
+    made_with = {"files": own_files(recipe), **versions()}
     jobs = []
     for seed in seeds:
         for control in (None, *(c for c in recipe.controls if c not in skipped)):
@@ -156,9 +161,9 @@ def versions() -> dict[str, str]:
     return {"secateurs": version("secateurs"), "torch": str(torch.__version__)}
 
 
-def _own_files(recipe: Recipe) -> dict[str, str]:
+def own_files(recipe: Recipe) -> dict[str, str]:
     """Hashes of the user's files that the recipe names."""
-    places = [getattr(recipe, name) or "" for name in ("model", "data", "loss", "metric")]
+    places = [getattr(recipe, name) or "" for name in ("model", "data", "loss", "metric", "fit")]
     files = {Path(place.rpartition(":")[0]) for place in places}
     return {
         str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:12]

@@ -178,7 +178,8 @@ def _one(job: Job) -> Row | PruningError:
             report = run_recipe(job.recipe, problem).report
     except PruningError as error:
         return error
-    main, cut = report.rows[0], report.steps[-1].metric_masked
+    kept = [step for step in report.steps if not step.rolled_back]
+    main, cut = report.rows[0], kept[-1].metric_masked
     assert main.name.startswith("test ")
     assert main.before is not None
     assert main.after is not None

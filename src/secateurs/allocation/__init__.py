@@ -8,8 +8,9 @@ A budget says what may remain, and an allocator distributes it; every allocator 
 Either way each target loses its worst units first, so counts are all there is to decide.
 """
 
-from secateurs.allocation import methods  # noqa: F401  (fills the registry)
+from secateurs.allocation import marginal, ranking, shares  # noqa: F401  (they fill the registry)
 from secateurs.allocation.counts import allocate, preview
+from secateurs.allocation.curves import Curve, Sensitivity
 from secateurs.allocation.frame import same_place
 from secateurs.allocation.previews import Preview, PreviewRow
 from secateurs.allocation.problem import ALLOCATORS, Problem, allocator
@@ -19,11 +20,13 @@ from secateurs.allocation.thresholds import THRESHOLDS, threshold
 __all__ = [
     "ALLOCATORS",
     "THRESHOLDS",
+    "Curve",
     "Preview",
     "PreviewRow",
     "Problem",
     "RoundTo",
     "Rounding",
+    "Sensitivity",
     "allocate",
     "allocator",
     "check_round_to",

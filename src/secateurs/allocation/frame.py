@@ -7,15 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from secateurs.allocation.demand import OnDemand
 from secateurs.allocation.problem import Allocation, FloatArray
 from secateurs.allocation.rounding import Rounding, RoundTo, check_round_to, roundings
 from secateurs.cost import CostCurve
 from secateurs.errors import BudgetError, ConfigError, ScoringError
+from secateurs.kth import count_left, kth_largest
 from secateurs.selection import order_of
-from secateurs.types import Graph, IntArray, Scores
+from secateurs.types import Graph, IntArray, Scores, WeightTarget
 
-__all__ = ["Frame", "make_frame", "same_place"]
+__all__ = ["Frame", "check_options", "make_frame", "same_place"]
 
 Classes = Mapping[str, tuple[str, ...]]
 
@@ -46,8 +50,10 @@ class Frame:
 
     Attributes:
         graph: where the targets come from.
+        scores: target -> (n_units,) its scores as they came.
         orders: target -> its units from best to worst.
-        lines: target -> scores of the units that are left, best first.
+        lines: target -> scores of the units that are left, best first. Both are made when they
+            are read, and kept for structure only: those of weights would fill the memory.
         classes: decision -> the targets that keep as many units as it.
         rounding: target -> which counts are allowed.
         low, high: decision -> fewest and most units: `min_keep` rounded up, and what is left.
@@ -55,6 +61,7 @@ class Frame:
     """
 
     graph: Graph
+    scores: Mapping[str, Tensor]
     orders: Mapping[str, IntArray]
     lines: Mapping[str, FloatArray]
     classes: Classes
@@ -66,38 +73,64 @@ class Frame:
     def expand(self, decided: Mapping[str, int]) -> Allocation:
         """Counts of all targets, in graph order."""
         of = {t: decided[name] for name, members in self.classes.items() for t in members}
-        return {name: of[name] for name in self.orders}
+        return {name: of[name] for name in self.scores}
+
+    @property
+    def n_units(self) -> dict[str, int]:
+        """Target -> its units, dense."""
+        return {name: len(line) for name, line in self.scores.items()}
+
+    def worst_kept(self, name: str, count: int) -> float:
+        """The lowest score of the `count` best units of a target."""
+        if not isinstance(self.graph.targets[name], WeightTarget):
+            return float(self.lines[name][count - 1])
+        return float(np.float32(kth_largest({name: self.scores[name]}, count).threshold))
 
 
-def make_frame(scores: Scores, min_keep: int, round_to: RoundTo, homogeneous: bool) -> Frame:
+def check_options(min_keep: int, round_to: RoundTo, homogeneous: bool) -> None:
+    """Raise unless they are in range."""
     if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 1:
-        raise ConfigError(f"min_keep must be a whole number, at least 1, got {min_keep!r}")
+        raise ConfigError(
+            f"min_keep must be a whole number, at least 1, got {min_keep!r}; nothing gets past a "
+            "layer that is emptied (to remove whole residual branches, prune granularity='layer')"
+        )
     check_round_to(round_to)
     if not isinstance(homogeneous, bool):
         raise ConfigError(f"homogeneous must be True or False, got {homogeneous!r}")
+
+
+def make_frame(scores: Scores, min_keep: int, round_to: RoundTo, homogeneous: bool) -> Frame:
+    check_options(min_keep, round_to, homogeneous)
     graph = scores.graph
-    orders, lines = _ranked(scores)
-    classes = same_place(graph, orders) if homogeneous else {name: (name,) for name in orders}
-    rounding = roundings(round_to, graph, orders)
-    high = {name: min(len(lines[t]) for t in members) for name, members in classes.items()}
-    low = {name: min(rounding[name].up(min_keep), high[name]) for name in classes}
-    curve = CostCurve(graph, orders)
-    return Frame(graph, orders, lines, classes, rounding, low, high, curve)
-
-
-def _ranked(scores: Scores) -> tuple[dict[str, IntArray], dict[str, FloatArray]]:
-    """Units of each target from best to worst, and the scores of those that are left."""
     if not scores.values:
         raise ConfigError("there are no scores to allocate")
-    orders, lines = {}, {}
-    for name in [n for n in scores.graph.targets if n in scores.values]:
-        line = scores.values[name].reshape(-1)
-        if bool((line.isnan() | (line == float("inf"))).any()):
-            raise ScoringError(f"{name}: a score is nan or inf; score the target again")
-        order = order_of(line)
-        best_first = line[order].float().numpy()
-        orders[name] = order.numpy()
-        lines[name] = best_first[best_first > -np.inf]
-        if not len(lines[name]):
-            raise BudgetError(f"{name} has no unit left; start from a plan that keeps some")
-    return orders, lines
+    lines = {n: scores.values[n].reshape(-1) for n in graph.targets if n in scores.values}
+    left = {name: _left(name, line) for name, line in lines.items()}
+    classes = same_place(graph, lines) if homogeneous else {name: (name,) for name in lines}
+    rounding = roundings(round_to, graph, lines)
+    high = {name: min(left[t] for t in members) for name, members in classes.items()}
+    low = {name: min(rounding[name].up(min_keep), high[name]) for name in classes}
+    structure = {name for name in lines if not isinstance(graph.targets[name], WeightTarget)}
+    orders: OnDemand[IntArray] = OnDemand(lines, lambda n: order_of(lines[n]).numpy(), structure)
+    best_first = OnDemand(lines, lambda n: _best_first(lines[n]), structure)
+    curve = CostCurve(graph, orders)
+    return Frame(graph, lines, orders, best_first, classes, rounding, low, high, curve)
+
+
+def _left(name: str, line: Tensor) -> int:
+    """How many units are left; checked to be scored and not to be none."""
+    best = torch.amax(line) if len(line) else torch.zeros(())  # nan if any is
+    if bool(best.isnan()) or best == float("inf"):
+        raise ScoringError(f"{name}: a score is nan or inf; score the target again")
+    left = count_left(name, line)
+    if not left:
+        raise BudgetError(f"{name} has no unit left; start from a plan that keeps some")
+    return left
+
+
+def _best_first(line: Tensor) -> FloatArray:
+    """Scores of the units that are left, in float32."""
+    values: FloatArray = line.float().numpy()
+    values = values[values > -np.inf]
+    np.negative(values, out=values).sort()
+    return np.negative(values, out=values)

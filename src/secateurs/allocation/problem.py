@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
+from secateurs.allocation.curves import Sensitivity
 from secateurs.allocation.rounding import Rounding
-from secateurs.errors import ConfigError
-from secateurs.types import Graph
+from secateurs.errors import BudgetError, ConfigError
+from secateurs.types import Graph, IntArray
 
-__all__ = ["ALLOCATORS", "Allocation", "Allocator", "FloatArray", "Limit", "Problem", "allocator"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocation",
+    "Allocator",
+    "FloatArray",
+    "Latency",
+    "Limit",
+    "MissedBudget",
+    "Problem",
+    "allocator",
+]
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Allocation = dict[str, int]
+
+
+class Latency(Protocol):
+    """What predicts the time of a call from counts: `secateurs.latency.LatencyTable`."""
+
+    def curve(
+        self, graph: Graph, orders: Mapping[str, IntArray]
+    ) -> Callable[[Mapping[str, int]], float]:
+        """Counts of all targets in `orders` -> milliseconds; never falls when a count rises.
+
+        Args:
+            graph: where the counts come from.
+            orders: target -> (n_units,) all its units, the last to go first.
+
+        Raises:
+            ConfigError: it was measured for another model.
+        """
+
+
+class MissedBudget(BudgetError):
+    """No counts are within the budget.
+
+    Attributes:
+        nearest: quantity -> the least that is reachable, of each limit that is missed.
+    """
+
+    def __init__(self, message: str, nearest: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.nearest = dict(nearest)
 
 
 @dataclass(frozen=True)
@@ -54,6 +96,11 @@ class Problem:
         repeats: how many targets each stands for.
         limits: what must hold, one or several.
         graph: where the targets come from.
+        members: the targets that each stands for; left out, itself alone.
+        sensitivity: what it costs to cut each target alone, if that was measured.
+        scores: those of each as they came, -inf for units that are gone; only where all decisions
+            are about the single weights of one tensor. `values` sorts them whenever it is read.
+        sample: how many scores a ranking may go by instead of all; None for all.
     """
 
     names: tuple[str, ...]
@@ -65,6 +112,14 @@ class Problem:
     repeats: Mapping[str, int]
     limits: tuple[Limit, ...]
     graph: Graph
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    sample: int | None = None
+
+    def targets(self, name: str) -> tuple[str, ...]:
+        """The targets that a decision stands for."""
+        return self.members.get(name, (name,))
 
     @property
     def in_units(self) -> bool:

@@ -26,8 +26,9 @@ class Budget:
         units: units (at weight granularity: weights) among the targets.
         params: parameters of the whole model; at weight granularity, non-zero ones.
         macs: multiply-adds for one sample.
-        bytes: tensors of the stored model; at weight granularity, of the sparse file.
-        latency_ms: milliseconds of one forward call on the example inputs, above 0.
+        bytes: tensors of the stored model, without the header of the file; at weight granularity,
+            of the sparse file.
+        latency_ms: milliseconds of one forward call on the example inputs (the median), above 0.
         metric_drop: how much worse the main metric may get, in its own unit, at least 0.
 
     Raises:

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from secateurs.cli import analyze, criteria, demo, run, score, tasks
+from secateurs.cli import analyze, criteria, demo, run, score, search, sensitivity, tasks
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,8 @@ app.command("criteria")(criteria.criteria)
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("score")(score.score)
+app.command("search")(search.search)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("tasks")(tasks.tasks)
 
 

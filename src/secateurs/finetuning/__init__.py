@@ -7,6 +7,7 @@ everything that is an object (masks, teacher, evaluation) is an argument. A user
 their own needs only `hold_masks` from the room before.
 """
 
+from secateurs.finetuning.clock import Clock, clock_of
 from secateurs.finetuning.config import (
     LR_SCHEDULES,
     OPTIMIZERS,
@@ -16,13 +17,18 @@ from secateurs.finetuning.config import (
 )
 from secateurs.finetuning.distillation import distillation_loss
 from secateurs.finetuning.loop import finetune
+from secateurs.finetuning.state import restore_, snapshot
 
 __all__ = [
     "LR_SCHEDULES",
     "OPTIMIZERS",
+    "Clock",
     "EpochRow",
     "Finetune",
     "FinetuneResult",
+    "clock_of",
     "distillation_loss",
     "finetune",
+    "restore_",
+    "snapshot",
 ]

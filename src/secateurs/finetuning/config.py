@@ -44,16 +44,23 @@ class Finetune:
         momentum: in [0, 1), for "sgd" only.
         weight_decay: at least 0; decoupled in "adamw", added to the gradient in the others.
         lr_schedule: one of `LR_SCHEDULES`, followed step by step from `lr` towards 0.
+        cycles: how often `lr_schedule` runs from start to end, at least 1: with 4 cycles the
+            learning rate starts again after each quarter of the steps.
         clip_norm: largest norm of the whole gradient, above 0; None = no clipping.
         patience: stop after this many epochs without a better metric; None = never.
         restore_best: give back the weights of the best epoch instead of the last.
         full_batch: one optimizer step per epoch with the exact gradient of the mean loss over
             all samples, accumulated batch by batch (batch norm still sees single batches).
+        accumulate: batches per optimizer step, at least 1; the gradient of a step is the mean over
+            all samples of its batches. The last step of an epoch takes the batches that are left.
         distill: weight in [0, 1] of the distillation loss; the task loss has the rest.
         temperature: of the distillation between class probabilities, above 0.
 
     Raises:
         ConfigError: lists every field that is out of range.
+
+    References:
+        Loshchilov and Hutter, SGDR, 2017, arXiv:1608.03983: cosine with several cycles.
 
     Example:
         >>> Finetune(epochs=3, lr=0.01).epochs
@@ -77,6 +84,8 @@ lr must be above 0, got -1
     full_batch: bool = False
     distill: float = 0.0
     temperature: float = 2.0
+    accumulate: int = 1
+    cycles: int = 1
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -84,7 +93,9 @@ lr must be above 0, got -1
         choose(self.optimizer, OPTIMIZERS, "optimizer")
         choose(self.lr_schedule, LR_SCHEDULES, "lr_schedule")
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
+            ("accumulate", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
             ("clip_norm", "above 0", lambda v: v > 0),
+            ("cycles", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
             ("distill", "in [0, 1]", lambda v: 0 <= v <= 1),
             ("epochs", "a whole number, at least 0", lambda v: isinstance(v, int) and v >= 0),
             ("lr", "above 0", lambda v: v > 0),
@@ -103,6 +114,10 @@ lr must be above 0, got -1
             problems.append("give epochs or steps, not both")
         if self.momentum and self.optimizer != "sgd":
             problems.append(f"momentum belongs to optimizer='sgd', not {self.optimizer!r}")
+        if self.full_batch and self.accumulate != 1:
+            problems.append("full_batch accumulates all batches already: leave accumulate away")
+        if self.cycles != 1 and self.lr_schedule == "constant":
+            problems.append("cycles has no effect on lr_schedule='constant': give 'cosine'")
         if problems:
             raise ConfigError("Finetune: " + "; ".join(problems))
 

@@ -22,9 +22,11 @@ from secateurs.batches import (
     model_device,
 )
 from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError
-from secateurs.finetuning.config import LR_SCHEDULES, OPTIMIZERS, EpochRow, Finetune, FinetuneResult
+from secateurs.finetuning.clock import Clock, clock_of, lr_factor
+from secateurs.finetuning.config import OPTIMIZERS, EpochRow, Finetune, FinetuneResult
 from secateurs.finetuning.distillation import distillation_loss
-from secateurs.masks import check_masks, hold_masks, named_tensors
+from secateurs.finetuning.state import restore_, snapshot
+from secateurs.masks import HeldMasks, hold_masks
 from secateurs.types import Batches, Evaluate, Inputs, LossFn
 
 __all__ = ["finetune"]
@@ -42,6 +44,7 @@ def finetune(
     maximize: bool = True,
     optimizer: Optimizer | None = None,
     seed: int | None = None,
+    recut: Callable[[int], Mapping[str, Tensor] | None] | None = None,
     progress: Callable[[EpochRow], object] | None = None,
 ) -> FinetuneResult:
     """Train `model` IN PLACE and say what happened.
@@ -69,6 +72,9 @@ def finetune(
             state stays, also after a failure.
         seed: run under this random state (dropout, loaders without a generator) and leave the
             caller's as it was; None = use and advance the caller's.
+        recut: called before each optimizer step with the number of steps done so far, 0 at first,
+            model in training mode; may return larger masks, which are held from then on, or None.
+            Masks only grow: see `HeldMasks`. The best epoch is then the best after the last cut.
         progress: called with each finished `EpochRow`; None = silent.
 
     Raises:
@@ -87,10 +93,12 @@ def finetune(
     """
     started = time.perf_counter()
     _check_arguments(model, batches, config, teacher, evaluate)
+    if recut is not None and config.patience is not None:
+        raise ConfigError("finetune: patience could stop before the last recut; leave it away")
+    clock = clock_of(config, batches)
     optimizer = optimizer or _build_optimizer(model, config)
-    before = _snapshot(model)
-    loop = _Loop(model, loss_fn, config, teacher, evaluate, maximize, optimizer)
-    loop.n_steps = _n_steps(config, batches)
+    before = snapshot(model)
+    loop = _Loop(model, loss_fn, config, teacher, evaluate, maximize, optimizer, clock, recut)
     try:
         with ExitStack() as stack:
             stack.enter_context(_random_state(seed))
@@ -98,14 +106,14 @@ def finetune(
             stack.enter_context(in_mode(model, training=True))
             if teacher is not None:
                 stack.enter_context(in_mode(teacher, training=False))
-            stack.enter_context(hold_masks(model, optimizer, masks or {}))
+            loop.held = stack.enter_context(hold_masks(model, optimizer, masks or {}))
             for row in loop.epochs(batches):
                 if progress is not None:
                     progress(row)
             loop.finish()
-            check_masks(model, masks or {})
+            loop.held.check()
     except ScoringError as error:
-        _restore(model, before)
+        restore_(model, before)
         raise ScoringError(
             f"fine-tuning, {error}. The model has its weights from before; "
             "a smaller lr or clip_norm=1.0 may help"
@@ -127,7 +135,9 @@ class _Loop:
     evaluate: Evaluate | None
     maximize: bool
     optimizer: Optimizer | None
-    n_steps: int | None = None
+    clock: Clock
+    recut: Callable[[int], Mapping[str, Tensor] | None] | None
+    held: HeldMasks | None = None
     steps: int = 0
     stopped_early: bool = False
     best: EpochRow | None = None
@@ -157,28 +167,48 @@ class _Loop:
             yield row
 
     def _pass(self, batches: Batches, epoch: int, optimizer: Optimizer) -> float:
-        total, n = 0.0, 0
+        """One pass: a step after each group of batches; the last group may be smaller."""
+        total, n, group, in_group = 0.0, 0, 0, 0
         _clear_gradients(self.model)
         for i, (inputs, targets) in enumerate(iterate(batches, model_device(self.model))):
+            if not group:
+                self._cut()
             where = f"epoch {epoch}, batch {i}"
             loss = checked_loss(
                 self.model, (inputs, targets), self._objective(inputs, where), where
             )
             size = batch_size(inputs)
             total, n = total + loss.item() * size, n + size
-            if self.config.full_batch:
+            if self.config.full_batch or self.config.accumulate > 1:
                 torch.autograd.backward(loss * size)
-                continue
-            torch.autograd.backward(loss)
+                group, in_group = group + 1, in_group + size
+                if self.config.full_batch or group < self.config.accumulate:
+                    continue
+                self._mean_over(in_group)
+            else:
+                torch.autograd.backward(loss)
             self._step(optimizer)
+            group, in_group = 0, 0
             if self.steps == self.config.steps:
                 break
-        if self.config.full_batch:
-            for parameter in self.trained:
-                if parameter.grad is not None:
-                    parameter.grad.div_(n)
+        if group:
+            self._mean_over(in_group)
             self._step(optimizer)
         return total / n
+
+    def _mean_over(self, n: int) -> None:
+        """From the gradient of a sum over samples to that of their mean."""
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                parameter.grad.div_(n)
+
+    def _cut(self) -> None:
+        """Ask whether more is to be removed before the next step."""
+        larger = None if self.recut is None else self.recut(self.steps)
+        if larger is not None:
+            assert self.held is not None
+            self.held.grow(larger)
+            self.best, self.best_state = None, None  # they belong to a larger network
 
     def _objective(self, inputs: Inputs, where: str) -> LossFn:
         """The loss to minimise for these inputs: task loss and distillation, weighted."""
@@ -209,8 +239,7 @@ class _Loop:
     def set_lr(self, factor: float | None = None) -> None:
         """Set the learning rates for the next step, or to a factor of the given ones."""
         if factor is None:
-            progress = min(self.steps / self.n_steps, 1.0) if self.n_steps else 0.0
-            factor = LR_SCHEDULES[self.config.lr_schedule](progress)
+            factor = lr_factor(self.config, self.clock, self.steps)
         for group, base in zip(self.groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
 
@@ -237,14 +266,14 @@ class _Loop:
         best = -math.inf if self.best is None else sign * (self.best.metric or 0.0)
         if self.best is None or sign * row.metric > best:
             self.best = row
-            self.best_state = _snapshot(self.model) if self.config.restore_best else None
+            self.best_state = snapshot(self.model) if self.config.restore_best else None
         patience = self.config.patience
         self.stopped_early = patience is not None and row.epoch - self.best.epoch >= patience
 
     def finish(self) -> None:
         """Load the best weights if asked; without any epoch, evaluate the model as it is."""
         if self.best_state is not None:
-            _restore(self.model, self.best_state)
+            restore_(self.model, self.best_state)
         if not self.history and self.evaluate is not None:
             self.best = EpochRow(0, math.nan, self._metric(0), 0.0)
 
@@ -295,21 +324,6 @@ def _build_optimizer(model: nn.Module, config: Finetune) -> Optimizer | None:
     return OPTIMIZERS[config.optimizer](trainable, config)
 
 
-def _n_steps(config: Finetune, batches: Batches) -> int | None:
-    """Optimizer steps of the whole run, for the learning rate; None when it needs no number."""
-    if config.lr_schedule == "constant" or config.n_epochs is None:
-        return config.steps
-    if config.full_batch:
-        return config.n_epochs
-    try:
-        return config.n_epochs * len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigError(
-            f"lr_schedule={config.lr_schedule!r} needs the number of steps, and these batches have "
-            "no length: give steps= instead of epochs="
-        ) from None
-
-
 @contextmanager
 def _random_state(seed: int | None) -> Iterator[None]:
     """Run under a seed and restore the caller's random state; None = the caller's own."""
@@ -322,15 +336,3 @@ def _random_state(seed: int | None) -> Iterator[None]:
 def _clear_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.grad = None
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all parameters and buffers by name."""
-    return {name: t.detach().clone() for name, t in named_tensors(model).items()}
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write a snapshot back in place."""
-    for name, tensor in named_tensors(model).items():
-        tensor.copy_(state[name])

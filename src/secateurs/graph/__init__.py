@@ -37,8 +37,8 @@ from secateurs.graph.labels import Labels, Options
 from secateurs.graph.records import Tape, refs
 from secateurs.graph.rules import interpret, register_rule
 from secateurs.graph.tape import record_run
-from secateurs.graph.units import Found, find_targets
-from secateurs.types import CostDim, CostTerm, Exclusion, Graph, Inputs, WeightTarget
+from secateurs.graph.units import Found, find_targets, tensor_costs
+from secateurs.types import Exclusion, Graph, Inputs, WeightTarget
 
 __all__ = ["register_rule", "trace"]
 
@@ -144,9 +144,7 @@ def _masks_only(model: nn.Module, outputs: tuple[str, ...], notes: tuple[str, ..
     return Graph(
         targets=weights,
         excluded=tuple(Exclusion(owner, why) for owner in owners),
-        costs=tuple(
-            CostTerm(n, tuple(CostDim(size) for size in p.shape)) for n, p in named.items()
-        ),
+        costs=tuple(tensor_costs(model)),
         front_end="none",
         outputs=outputs,
         notes=notes,

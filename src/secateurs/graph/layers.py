@@ -360,7 +360,7 @@ def _cost(term: CostTerm, vanish: list[tuple[set[str], set[str]]]) -> CostTerm:
     """A factor of one or zero for each unit that takes the term (a tensor, a record) along."""
     more = []
     for number, (tensors, records) in enumerate(vanish):
-        if term.name in (tensors if term.is_parameter else records):
+        if term.name in (tensors if term.is_parameter or term.item_bytes else records):
             alone: IntArray = np.zeros(len(vanish), dtype=np.int64)
             alone[number] = 1
             more.append(CostDim(1, {LAYER_TARGET: alone}))

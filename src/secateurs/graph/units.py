@@ -8,7 +8,7 @@ are different families, and keeping at least one unit of each never empties a te
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -28,7 +28,7 @@ from secateurs.types import (
     WeightTarget,
 )
 
-__all__ = ["Detail", "find_targets"]
+__all__ = ["Detail", "find_targets", "tensor_costs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def find_targets(labels: Labels, model: nn.Module) -> Found:
     found = Found(
         targets,
         _exclusions(labels, component, free, pins),
-        _costs(labels, list(groups.values()), component),
+        _costs(labels, list(groups.values()), component, model),
         Detail(shapes, labels, component, families),
     )
     return with_layers(found, labels, model, hookable)
@@ -279,20 +279,44 @@ def _is_main(labels: Labels, axis: Axis) -> bool:
     return len(labels.value(axis.value).shape) > 1
 
 
-def _costs(labels: Labels, groups: list[GroupTarget], component: IntArray) -> tuple[CostTerm, ...]:
+def _costs(
+    labels: Labels, groups: list[GroupTarget], component: IntArray, model: nn.Module
+) -> tuple[CostTerm, ...]:
     owned: dict[tuple[str, int], dict[str, IntArray]] = defaultdict(dict)
     for group in groups:
         for member in group.members:
             count = np.bincount(member.unit, minlength=group.n_units)
             owned[(member.tensor, member.dim)][group.name] = count.astype(np.int64)
-    terms = []
-    for name, value in labels.tape.named().items():
-        if value.source != "parameter":
-            continue
-        dims = tuple(CostDim(n, owned.get((name, d), {})) for d, n in enumerate(value.shape))
-        terms.append(CostTerm(name, dims, True, labels.uses.get(value.id, 0.0)))
+    terms = [
+        replace(
+            term,
+            dims=tuple(
+                replace(dim, owned=owned.get((term.name, d), {})) for d, dim in enumerate(term.dims)
+            ),
+        )
+        for term in tensor_costs(model, labels)
+    ]
     terms += _product_costs(labels, groups, component)
     return tuple(terms)
+
+
+def tensor_costs(model: nn.Module, labels: Labels | None = None) -> list[CostTerm]:
+    """One term per parameter and buffer, those included that no operator reads; nothing owned."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in held.items():
+        names[id(tensor)].append(name)
+    captured = {} if labels is None else labels.tape.named()
+    terms = []
+    for same in names.values():
+        name = next((n for n in same if n in captured), same[0])
+        tensor = held[name]
+        uses = labels.uses.get(captured[name].id, 0.0) if labels and name in captured else 0.0
+        dims = tuple(CostDim(n) for n in tensor.shape)
+        learned = name in parameters
+        terms.append(CostTerm(name, dims, learned, uses, tensor.element_size(), len(same)))
+    return terms
 
 
 def _product_costs(

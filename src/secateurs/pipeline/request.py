@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Literal
 
 import torch
@@ -14,8 +15,10 @@ from secateurs.controls import resets
 from secateurs.criteria import get_combination
 from secateurs.errors import BudgetError, CaptureError, ConfigError, choose
 from secateurs.filters import Patterns
+from secateurs.finetuning import clock_of
 from secateurs.graph import trace
 from secateurs.latency import resize_batch
+from secateurs.pipeline.resolving import check_budget
 from secateurs.pipeline.stage import Stage
 from secateurs.schedules import Schedule
 from secateurs.statistics import check_fits, make_job
@@ -57,7 +60,9 @@ def check_request(
         if not callable(function) and (function is not None or name == "loss_fn"):
             raise ConfigError(f"{name} must be a function, got {function!r}")
     for stage in stages:
+        check_budget(stage, evaluate is not None)
         _check_training(stage, model, batches, evaluate)
+        _check_clock(stage, batches, calibration)
     check_batches(model, batches, loss_fn)
     if calibration is not None:
         check_batches(model, calibration, loss_fn)
@@ -111,11 +116,24 @@ def _check_training(
         )
     if evaluate is None and (config.patience is not None or config.restore_best):
         raise ConfigError("finetune: patience and restore_best need evaluate=")
-    counted = config.lr_schedule == "constant" or config.steps is not None or config.full_batch
-    if not counted and not hasattr(batches, "__len__"):
+    try:
+        clock_of(config, batches)
+    except ConfigError as error:
+        raise ConfigError(f"finetune: {error}") from error
+
+
+def _check_clock(stage: Stage, batches: Batches, calibration: Batches | None) -> None:
+    """Whether all cuts of a schedule fall inside its fine-tuning."""
+    if stage.steps.every is None:
+        return
+    assert stage.finetune is not None
+    clock = clock_of(stage.finetune, batches, needs=f"Schedule(every={stage.steps.every!r})")
+    assert clock.n_steps is not None
+    stage.steps.cuts(clock.n_steps, clock.per_epoch, clock.cycles)
+    if calibration is None and getattr(batches, "persistent_workers", False):
         raise ConfigError(
-            f"finetune: lr_schedule={config.lr_schedule!r} needs the number of steps, and these "
-            "batches have no length: give steps= instead of epochs="
+            f"Schedule(every={stage.steps.every!r}) scores in the middle of an epoch, and a loader "
+            "with persistent_workers would start over: give calibration= with other batches"
         )
 
 
@@ -132,19 +150,37 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
     asked, params = get_combination(stage.criterion), check_fits(model, targets)
     for part in asked.parts:
         job = make_job(part, targets, model, params, stage.granularity)
-    if stage.budget is None:
+    if stage.threshold is not None:
         return
-    blank = {t.name: torch.zeros(t.n_units) for t in job.targets}
-    counts = stage.allocated(Scores(graph, blank, asked.label), stage.budget)
+    if stage.allocation == "sensitivity":  # its curves are not measured yet
+        stage = replace(stage, allocation="uniform")
+    blank = Scores(graph, {t.name: torch.zeros(t.n_units) for t in job.targets}, asked.label)
+    if stage.searches:
+        stage.allocated(blank, Budget(**{stage.smallest_in: 1.0}))
+        counts = stage.fewest(blank)
+    elif isinstance(stage.budget, Budget) and not stage.budget.sizes:
+        return  # only time is limited, and that is measured later
+    else:
+        counts = stage.allocated(blank, stage.asked_along(1.0, graph))
+    if stage.wants_latency:
+        return
     if all(counts.kept[t.name] == t.n_units for t in job.targets):
         raise BudgetError(
             f"{given(stage.budget)} removes nothing: the dense model is within it already"
         )
 
 
-def given(asked: Budget | Threshold | Schedule | None) -> str:
+def given(asked: Budget | Threshold | Schedule | str | None) -> str:
     """A budget, threshold or schedule with the fields that were given."""
-    inner = ", ".join(f"{k}={v!r}" for k, v in vars(asked).items() if v is not None)
+    if isinstance(asked, str):
+        return f"budget={asked!r}"
+    plain = {f.name: f.default for f in fields(asked)} if asked is not None else {}
+    shown = {
+        name: value
+        for name, value in vars(asked).items()
+        if value is not None and not (isinstance(value, bool) and value is plain[name])
+    }
+    inner = ", ".join(f"{k}={v!r}" for k, v in shown.items())
     return f"{type(asked).__name__}({inner})"
 
 

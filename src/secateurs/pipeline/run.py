@@ -1,32 +1,26 @@
-"""`prune` and `prune_stages`: the composition of all rooms, and its result."""
+"""The state of one pruning run, and what a step can do with it: score, cut, heal, go back."""
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from secateurs.bars import Progress, bar, epoch_text
-from secateurs.controls import controlled_scores, null_scores, reinitialise_, shuffled_targets
-from secateurs.errors import BudgetError, ConfigError, choose
-from secateurs.filters import Patterns
-from secateurs.finetuning import Finetune, FinetuneResult, finetune
+from secateurs.bars import Progress, epoch_text
+from secateurs.controls import controlled_scores, null_scores, shuffled_targets
+from secateurs.errors import BudgetError
+from secateurs.finetuning import FinetuneResult, finetune, restore_, snapshot
+from secateurs.latency import LatencyTable, fit_latency, measure_table
 from secateurs.masks import apply_masks_
-from secateurs.pipeline.request import check_request, given, random_state
+from secateurs.pipeline.request import given
 from secateurs.pipeline.stage import Stage
-from secateurs.report.assemble import Outcome, assemble, metrics_of, remaining_of
-from secateurs.report.data import Report, StepRow
-from secateurs.schedules import Schedule
+from secateurs.report.assemble import metrics_of, remaining_of
+from secateurs.report.data import StepRow
+from secateurs.report.words import remaining_words
 from secateurs.scoring import score
 from secateurs.selection import select
-from secateurs.surgery import save, shrink, slice_masks
-from secateurs.surgery.shrinking import info_of
+from secateurs.sensitivities import sensitivity
 from secateurs.surgery.verification import copied
 from secateurs.types import (
     Batches,
@@ -39,188 +33,58 @@ from secateurs.types import (
     Plan,
     Scores,
     Threshold,
+    WeightTarget,
 )
 
-__all__ = ["PruneResult", "prune", "prune_stages"]
+__all__ = ["Point", "Ranking", "Run"]
+
+Recut = Callable[[int], Mapping[str, Tensor] | None]
 
 
-@dataclass(eq=False)
-class PruneResult:
-    """What `prune` gives back.
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What a step allocates by: scores, and for some thresholds those on shuffled labels."""
+
+    scores: Scores
+    null: Sequence[Scores] = ()
+
+    def without(self, plan: Plan | None) -> Ranking:
+        """The same ranking of what a plan has left."""
+        return Ranking(_left(self.scores, plan), [_left(s, plan) for s in self.null])
+
+
+def _left(scores: Scores, plan: Plan | None) -> Scores:
+    """Scores with -inf for what is removed."""
+    values = {name: line.clone() for name, line in scores.values.items()}
+    for name, line in values.items() if plan is not None else ():
+        assert plan is not None
+        if name in plan.removed:
+            line[plan.removed[name]] = float("-inf")
+        if isinstance(scores.graph.targets[name], WeightTarget) and name in plan.masks:
+            line[~plan.masks[name].reshape(-1)] = float("-inf")
+    return replace(scores, values=values)
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A state that a run can go back to.
 
     Attributes:
-        model: the smaller model, verified; in the mode of the model that came in.
-        plan: what was removed.
-        masks: weight masks of the smaller model, to go on training with `hold_masks`.
-        report: everything worth reading, as data; `report.to_dict()` for JSON.
-        masked: the dense-shaped model with everything removed at zero.
-        scores: of the last step.
-        counts: of the last step.
-        history: fine-tuning after each step.
+        weights: parameters and buffers by name.
+        plan: what is removed; None = nothing.
+        ranking, counts: of the step that led here; None before the first step of a stage.
+        row: number of the last step that was kept; 0 = none.
     """
 
-    model: nn.Module
-    plan: Plan
-    masks: dict[str, Tensor]
-    report: Report
-    masked: nn.Module
-    scores: Scores
-    counts: Counts
-    history: list[FinetuneResult] = field(default_factory=list)
-
-    def save(self, directory: str | Path, *, force: bool = False) -> Path:
-        """Write `model.safetensors`, `plan.json`, `report.json` and `report.html`.
-
-        Raises:
-            ConfigError: the directory holds results already and `force` is not set, or is a file.
-            MissingDependencyError: the page needs `secateurs[report]`.
-        """
-        from secateurs.report.html import render
-
-        if Path(directory).is_file():
-            raise ConfigError(f"{directory} is a file; name a directory")
-        text = json.dumps(self.report.to_dict(), indent=1, allow_nan=False)
-        page = render(self.report)
-        out = save(self.model, self.plan, directory, force=force)
-        (out / "report.json").write_text(text, encoding="utf-8")
-        (out / "report.html").write_text(page, encoding="utf-8")
-        return out
+    weights: Mapping[str, Tensor]
+    plan: Plan | None
+    ranking: Ranking | None = None
+    counts: Counts | None = None
+    row: int = 0
 
 
-def prune(
-    model: nn.Module,
-    batches: Batches,
-    loss_fn: LossFn,
-    *,
-    example_inputs: Inputs,
-    budget: Budget | None = None,
-    threshold: Threshold | None = None,
-    criterion: str | Mapping[str, Any] = "taylor",
-    granularity: str | tuple[str, ...] = "structured",
-    schedule: Schedule | None = None,
-    finetune: Finetune | None = None,
-    evaluate: Evaluate | None = None,
-    **options: Any,
-) -> PruneResult:
-    """Prune a trained model in one call; the model that is passed in is not changed.
-
-    Args:
-        model: trained.
-        batches: training data, re-iterable pairs `(inputs, targets)`.
-        loss_fn: `loss_fn(outputs, targets)`, the mean over the samples.
-        example_inputs: a tensor, a tuple or a dict: what the model is called with.
-        budget, threshold, criterion, granularity, schedule, finetune: see `Stage`.
-        evaluate: `evaluate(model)` on validation data; a float or a dict.
-        **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control` as in `Stage`,
-            and the options of `prune_stages` (`include` and `exclude` among them).
-
-    Raises:
-        ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
-
-    Example:
-        >>> import torch
-        >>> from torch.nn import functional as F
-        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> x = torch.randn(32, 4)
-        >>> result = prune(net, [(x, (x[:, 0] > 0).long())], F.cross_entropy, example_inputs=x,
-        ...                budget=Budget(units=0.25))
-        >>> result.model[0]
-        Linear(in_features=4, out_features=4, bias=True)
-    """
-    known = {n for f in (prune, prune_stages) for n in inspect.signature(f).parameters}
-    of_stage = ("allocation", "min_keep", "round_to", "homogeneous", "control")
-    for name in options:
-        choose(name, {*of_stage, *known} - {"options", "stages"}, "option of prune")
-    stage_options = {k: options.pop(k) for k in of_stage if k in options}
-    stage = Stage(budget, threshold, criterion, granularity, schedule=schedule, finetune=finetune,
-                  **stage_options)  # fmt: skip
-    return prune_stages(
-        model,
-        batches,
-        loss_fn,
-        [stage],
-        example_inputs=example_inputs,
-        evaluate=evaluate,
-        **options,
-    )
-
-
-def prune_stages(
-    model: nn.Module,
-    batches: Batches,
-    loss_fn: LossFn,
-    stages: Sequence[Stage],
-    *,
-    example_inputs: Inputs,
-    evaluate: Evaluate | None = None,
-    test: Evaluate | None = None,
-    calibration: Batches | None = None,
-    include: Patterns | None = None,
-    exclude: Patterns | None = None,
-    outputs: Sequence[str] = (),
-    norm: str = "exact",
-    maximize: bool = True,
-    form: str = "auto",
-    seed: int = 0,
-    latency: Sequence[int] | None = None,
-    progress: Progress | bool = False,
-) -> PruneResult:
-    """Several rounds in a row, e.g. weights first, then the structure that is left.
-
-    Args:
-        stages: rounds; masks of earlier ones stay.
-        evaluate: on validation data, used along the way. Its first call is on the dense model,
-            before anything expensive.
-        test: on test data, called twice at the end: for the dense and for the smaller model.
-        calibration: batches for scoring; by default the training batches.
-        include, exclude: what may be pruned in all stages, by name, glob, kind, regular expression,
-            module class or module: see `Graph.only`.
-        outputs: names of the model's outputs that matter, see `trace`; empty for all.
-        norm: what norms and means over removed units count: "exact", all that the dense model had;
-            "plain", what is left (see `shrink`); "pin": such units stay (see `trace`).
-        maximize: whether a larger metric is better.
-        form: of the result, see `shrink`.
-        seed: of noise, dropout and loaders without a generator, from 0 to 2**32 - 1.
-        latency: batch sizes to time; None = not timed.
-        progress: True draws a bar on stderr; a function is called with (what, done, total).
-
-    Other arguments, and errors, as `prune`.
-    """
-    shown = bar("prune") if progress is True else nullcontext(progress or None)
-    with random_state(seed), shown as tell:
-        graph = check_request(
-            model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,
-            test=test, calibration=calibration, include=include, exclude=exclude,
-            outputs=outputs, norm=norm, form=form, latency=latency,
-        )  # fmt: skip
-        samples = batches if calibration is None else calibration
-        run = _Run(model, batches, samples, loss_fn, graph, evaluate, maximize, seed, tell)
-        run.total = sum(stage.steps.steps for stage in stages)
-        for number, stage in enumerate(stages, start=1):
-            run.stage(number, stage)
-        assert run.plan is not None
-        kept = "plain" if norm == "plain" else "exact"
-        small = shrink(run.work, run.plan, example_inputs, form=form, norm=kept)
-        if info_of(small).form == "graph":  # the module form has the mode of each module already
-            small.train(model.training)
-        run.tell("measure", run.total)
-        report = assemble(
-            Outcome(
-                dense=model, small=small, graph=graph, plan=run.plan, scores=run.last_scores,
-                counts=run.last_counts, dense_metrics=run.dense_metrics, steps=tuple(run.steps),
-                evaluate=evaluate, test=test, batches=samples, loss_fn=loss_fn, maximize=maximize,
-                example_inputs=example_inputs, latency=tuple(latency or ()), seed=seed,
-                notes=tuple(run.notes), met=run.met,
-            )
-        )  # fmt: skip
-    return PruneResult(
-        small, run.plan, slice_masks(run.plan), report, run.work,
-        run.last_scores[-1], run.last_counts[-1], run.history,
-    )  # fmt: skip
-
-
-class _Run:
-    """The state of one pruning run: a masked copy of the model and the plan so far."""
+class Run:
+    """One pruning run: a masked copy of the model and the plan so far."""
 
     def __init__(
         self,
@@ -233,11 +97,14 @@ class _Run:
         maximize: bool,
         seed: int,
         progress: Progress | None,
+        example_inputs: Inputs,
     ) -> None:
         self.model, self.work = model, copied(model)
         self.batches, self.samples, self.loss_fn = batches, samples, loss_fn
         self.graph, self.evaluate, self.maximize = graph, evaluate, maximize
         self.seed, self.progress = seed, progress
+        self.example_inputs = example_inputs
+        self.table: LatencyTable | None = None
         self.plan: Plan | None = None
         self.steps: list[StepRow] = []
         self.history: list[FinetuneResult] = []
@@ -248,78 +115,56 @@ class _Run:
         self.met = True
         self.dense_metrics = metrics_of(model, evaluate)
 
+    # --- what is known ---------------------------------------------------------------------------
+
+    @property
+    def dense_metric(self) -> float | None:
+        """Main validation metric of the dense model."""
+        return next(iter(self.dense_metrics.values()), None)
+
+    def metric(self) -> float | None:
+        """Main validation metric now."""
+        return next(iter(metrics_of(self.work, self.evaluate).values()), None)
+
+    def drop(self, metric: float | None) -> float:
+        """How much worse than dense a metric is; negative when it is better."""
+        assert metric is not None
+        assert self.dense_metric is not None
+        return (self.dense_metric - metric) * (1 if self.maximize else -1)
+
+    def exceeds(self, metric: float | None, limit: float) -> bool:
+        """Whether a metric is worse than dense by more than the limit, but for rounding."""
+        assert self.dense_metric is not None
+        return self.drop(metric) > limit + 1e-9 * max(1.0, abs(self.dense_metric))
+
     def tell(self, what: str, done: int) -> None:
+        """Show progress."""
         if self.progress is not None:
             self.progress(what, done, self.total)
 
-    def stage(self, number: int, stage: Stage) -> None:
-        """All steps of one stage."""
-        samples = self.samples
-        if stage.control == "random-labels":
-            samples = shuffled_targets(samples, self.model, self.seed)
-        schedule = stage.steps
-        fractions = list(schedule.fractions())
-        before = 0 if self.plan is None else self.plan.n_removed
-        for step in range(1, schedule.steps + 1):
-            self.tell("prune", len(self.steps))
-            try:
-                scores, counts = self.cut(stage, step, samples)
-            except BudgetError as error:
-                if stage.threshold is None or step == 1 or stage.control == "reinit":
-                    raise
-                self.met = False
-                self.notes.append(f"stopped after step {step - 1} of {schedule.steps}: {error}")
-                break
-            masked = _main(metrics_of(self.work, self.evaluate))
-            if stage.control == "reinit" and step == schedule.steps:
-                assert self.plan is not None
-                reinitialise_(self.work, self.plan.masks, self.seed)
-            healed, loss = self.heal(stage)
-            self.steps.append(
-                StepRow(
-                    step=len(self.steps) + 1,
-                    fraction=fractions[step - 1] if stage.threshold is None else None,
-                    remaining=remaining_of(self.graph, counts),
-                    metric_masked=masked,
-                    metric_healed=healed,
-                    loss=loss,
-                )
-            )
-        self.last_scores.append(scores)
-        self.last_counts.append(counts)
-        if self.plan is not None and self.plan.n_removed == before:
-            self.notes.append(
-                f"stage {number} removed nothing: {given(counts.asked)} was met before it"
-            )
-        found = [
-            *scores.notes,
-            *_rounded(stage, counts, self.graph),
-            *(f"{n}: not scored: {w}" for n, w in scores.not_scored.items()),
-        ]
-        self.notes += [note for note in found if note not in self.notes]
+    # --- what a step does ------------------------------------------------------------------------
 
-    def cut(self, stage: Stage, step: int, samples: Batches) -> tuple[Scores, Counts]:
-        """Score, allocate, select, and zero what goes."""
+    def samples_of(self, stage: Stage) -> Batches:
+        """The batches that a stage scores on."""
+        if stage.control == "random-labels":
+            return shuffled_targets(self.samples, self.model, self.seed)
+        return self.samples
+
+    def rank(self, stage: Stage, samples: Batches) -> Ranking:
+        """Score what is left."""
+        seed = self.seed + len(self.steps)
         scores = score(
             self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,
-            granularity=stage.granularity, previous=self.plan, seed=self.seed + len(self.steps),
+            granularity=stage.granularity, previous=self.plan, seed=seed,
             progress=lambda i, n: self.tell(f"score: batch {i} of {n or '?'}", len(self.steps)),
         )  # fmt: skip
-        scores = controlled_scores(scores, stage.control, self.seed + len(self.steps))
-        asked = stage.asked_at(step, self.graph)
-        counts = stage.allocated(scores, asked, self.null(stage, samples))
-        self.plan = select(scores, counts, previous=self.plan)
-        final = step == stage.steps.steps
-        if not self.plan.n_removed and (final or isinstance(asked, Threshold)):
-            raise BudgetError(f"{given(asked)} removes nothing: all scores reach it")
-        apply_masks_(self.work, self.plan.masks)
-        return scores, counts
+        scores = controlled_scores(scores, stage.control, seed)
+        return Ranking(scores, self._null(stage, samples, seed))
 
-    def null(self, stage: Stage, samples: Batches) -> list[Scores]:
+    def _null(self, stage: Stage, samples: Batches, seed: int) -> list[Scores]:
         """Scores on shuffled labels, for a threshold that compares with them."""
         if not stage.null_repeats:
             return []
-        seed = self.seed + len(self.steps)
         drawn = null_scores(
             self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,
             granularity=stage.granularity, previous=self.plan, seed=seed,
@@ -330,41 +175,146 @@ class _Run:
         )  # fmt: skip
         return [controlled_scores(scores, stage.control, seed) for scores in drawn]
 
-    def heal(self, stage: Stage) -> tuple[float | None, float | None]:
+    def count(
+        self, stage: Stage, ranking: Ranking, asked: Budget | Threshold, samples: Batches
+    ) -> Counts:
+        """Units to keep; those of the whole latency budget are fitted to what is measured."""
+        curves = None
+        if stage.allocation == "sensitivity":
+            curves = sensitivity(
+                self.work, samples, self.loss_fn, scores=ranking.scores,
+                progress=lambda name, i, n: self.tell(
+                    f"sensitivity: {name}, {i} of {n}", len(self.steps)
+                ),
+            )  # fmt: skip
+
+        def counts(asked: Budget | Threshold, stage: Stage = stage) -> Counts:
+            return stage.allocated(
+                ranking.scores, asked, ranking.null, sensitivity=curves, latency=self.table
+            )
+
+        whole = stage.budget.latency_ms if isinstance(stage.budget, Budget) else None
+        if self.table is None or not isinstance(asked, Budget) or asked.latency_ms != whole:
+            return counts(asked)
+        strict = replace(stage, allow_missed=False)
+        self.tell("fit the latency", len(self.steps))
+        try:
+            fit = fit_latency(
+                self.model, ranking.scores, asked, self.table, lambda b: counts(b, strict),
+                self.example_inputs, previous=self.plan,
+            )  # fmt: skip
+        except BudgetError as error:
+            if not stage.allow_missed:
+                raise
+            self.met = False
+            self.notes.append(f"the budget was missed, which was allowed: {error}")
+            return replace(stage.fewest(ranking.scores), asked=asked)
+        self.notes.append(f"latency: {fit.text()}")
+        return fit.counts
+
+    def measure_widths(self, stage: Stage) -> None:
+        """Measure what widths cost here, if the stage limits the time of a call."""
+        self.table = None
+        if not stage.wants_latency:
+            return
+        self.tell("measure the latency of widths", len(self.steps))
+        self.table = table = measure_table(
+            self.model, self.graph, self.example_inputs, granularity=stage.granularity,
+            round_to=stage.round_to,
+        )  # fmt: skip
+        assert isinstance(stage.budget, Budget)
+        assert stage.budget.latency_ms is not None
+        if stage.budget.latency_ms >= table.dense_ms:
+            raise BudgetError(
+                f"{given(stage.budget)}: a call of the dense model takes {table.dense_ms:.4g} ms "
+                "here (1 thread, the example inputs): it is within the budget already"
+            )
+
+    @property
+    def dense_ms(self) -> float:
+        """Time of a call of the dense model where latency is limited, else 0."""
+        return 0.0 if self.table is None else self.table.dense_ms
+
+    def take(self, ranking: Ranking, counts: Counts, *, must: bool) -> None:
+        """Select what goes by the counts, and zero it; `must`: something has to go."""
+        self.plan = select(ranking.scores, counts, previous=self.plan)
+        if not self.plan.n_removed and (must or isinstance(counts.asked, Threshold)):
+            raise BudgetError(f"{given(counts.asked)} removes nothing: all scores reach it")
+        apply_masks_(self.work, self.plan.masks)
+
+    def heal(self, stage: Stage, recut: Recut | None = None) -> tuple[float | None, float | None]:
         """Fine-tune with the cut held; the metric and the training loss afterwards."""
         config = stage.finetune
-        if config is None or self.plan is None:
+        if config is None or (self.plan is None and recut is None):
             return None, None
         done = finetune(
-            self.work, self.batches, self.loss_fn, config, masks=self.plan.masks,
+            self.work, self.batches, self.loss_fn, config,
+            masks=None if self.plan is None else self.plan.masks,
             teacher=self.model if config.distill else None, evaluate=self.evaluate,
-            maximize=self.maximize, seed=self.seed + len(self.steps),
+            maximize=self.maximize, seed=self.seed + len(self.steps), recut=recut,
             progress=lambda row: self.tell(
                 epoch_text("heal", row.epoch, row.train_loss, row.metric), len(self.steps)
             ),
         )  # fmt: skip
         self.history.append(done)
-        if config.restore_best:
-            healed = _main(metrics_of(self.work, self.evaluate))
-        else:
-            healed = done.final_metric
+        healed = self.metric() if config.restore_best else done.final_metric
         return healed, done.history[-1].train_loss if done.history else None
 
+    def note_step(
+        self,
+        counts: Counts,
+        fraction: float | None,
+        masked: float | None,
+        *,
+        healed: float | None = None,
+        loss: float | None = None,
+        optimizer_step: int | None = None,
+    ) -> None:
+        """Add a row for the step that was made."""
+        self.steps.append(
+            StepRow(
+                step=len(self.steps) + 1,
+                fraction=fraction,
+                remaining=remaining_of(self.graph, counts),
+                metric_masked=masked,
+                metric_healed=healed,
+                loss=loss,
+                optimizer_step=optimizer_step,
+            )
+        )
 
-def _rounded(stage: Stage, counts: Counts, graph: Graph) -> list[str]:
-    """A note about the targets whose counts were rounded."""
-    multiples: dict[int, int] = {}
-    for name, multiple in counts.round_to.items():
-        if counts.kept[name] < graph.targets[name].n_units:
-            multiples[multiple] = multiples.get(multiple, 0) + 1
-    return [
-        f"counts rounded: {n} of {len(counts.kept)} targets keep multiples of {multiple} units "
-        f"(round_to={stage.round_to!r}"
-        + ("; round_to=1 turns it off)" if stage.round_to == "auto" else ")")
-        for multiple, n in multiples.items()
-    ]
+    # --- going back ------------------------------------------------------------------------------
 
+    def point(self, ranking: Ranking | None = None, counts: Counts | None = None) -> Point:
+        """The state now, to come back to."""
+        good = (row.step for row in reversed(self.steps) if not row.rolled_back)
+        return Point(snapshot(self.work), self.plan, ranking, counts, next(good, 0))
 
-def _main(metrics: Mapping[str, float]) -> float | None:
-    """The first entry, or None."""
-    return next(iter(metrics.values()), None)
+    def go_back(self, point: Point) -> None:
+        """Restore a state, bit for bit."""
+        restore_(self.work, point.weights)
+        self.plan = point.plan
+
+    def undo(self, point: Point) -> None:
+        """Go back to a state and mark the steps since then as undone."""
+        self.go_back(point)
+        self.steps = [
+            replace(row, rolled_back=True) if row.step > point.row else row for row in self.steps
+        ]
+
+    def roll_back(self, point: Point, limit: float) -> str:
+        """Undo the last step: restore the state before it, mark its row, and say it in words."""
+        self.go_back(point)
+        row = self.steps[-1] = replace(self.steps[-1], rolled_back=True)
+        metric = row.metric_healed if row.metric_healed is not None else row.metric_masked
+        name, dense = next(iter(self.dense_metrics)), self.dense_metric
+        assert metric is not None
+        assert dense is not None
+        left = {remaining_words(k): v for k, v in row.remaining.items() if v is not None}
+        size = ", ".join(f"{v:.1%} of the {k}" for k, v in left.items())
+        back = f"that of step {point.row}" if point.row else "the dense one"
+        return (
+            f"step {row.step} was rolled back: {name} {metric:.4g} is {self.drop(metric):.4g} "
+            f"worse than the dense {dense:.4g}, at most {limit:.4g} is allowed ({size}); the model "
+            f"is {back} again"
+        )

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from secateurs.allocation import ALLOCATORS, RoundTo, allocate, check_round_to
+from secateurs.allocation import ALLOCATORS, RoundTo, Sensitivity, allocate, check_round_to
+from secateurs.allocation.frame import make_frame
 from secateurs.controls import CONTROLS, check_null
 from secateurs.cost import dense_cost
 from secateurs.criteria import get_combination
-from secateurs.errors import ConfigError, choose
+from secateurs.errors import BudgetError, ConfigError, choose
 from secateurs.finetuning import Finetune
+from secateurs.latency import LatencyTable
 from secateurs.schedules import Schedule
 from secateurs.types import Budget, Counts, Graph, Scores, Threshold, expand_granularity
 
-__all__ = ["Stage"]
+__all__ = ["FINER", "TRIES", "Stage"]
+
+TRIES = 20
+"""Steps at most towards `Budget(metric_drop=)` without sizes; `Schedule(steps=)` says otherwise."""
+FINER = 6
+"""Finer steps at most after the first one that went too far."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +31,39 @@ class Stage:
     """One round of pruning: what is cut, by which measure, how much, and how it heals.
 
     Args:
-        budget: what may remain; exactly one of `budget` and `threshold`.
+        budget: what may remain; exactly one of `budget` and `threshold`. "auto": see
+            `resolve_budget`. With `metric_drop` the model becomes as small as possible (with
+            sizes: down to these): each step is healed and judged by `evaluate`; after the first
+            that goes too far come up to 6 finer ones between the last good size and that one, each
+            from the last good model. By default each step leaves 80 % of what was left, in up to 20
+            steps; without sizes this is counted in MACs, at weight granularity in units. What
+            counts is the metric as measured once, a point estimate that is a little optimistic
+            since it was looked at often: `secateurs search` gives a confidence.
         threshold: units scoring below it go.
         criterion: a name, a mapping with its options, or several combined (see `score`).
         granularity: kinds of units, or "structured".
         allocation: how the budget is divided among targets ("uniform", "global", ...).
-        schedule: steps and curve. A threshold is applied once per step, to what is left.
-        finetune: after each step; None = no training.
+        schedule: steps, curve and clock. A threshold is applied once per step, to what is left.
+            With `metric_drop`, "exponential" means steps of equal factors, at most `steps` of them.
+        finetune: after each step, or with `Schedule(every=)` the one in which all cuts are made;
+            None = no training.
         min_keep: fewest units that stay in each target.
         round_to: units kept are multiples of this where possible; "auto", a number, or a mapping
             of kinds to numbers, see `allocate`.
         homogeneous: targets in the same place of repeated blocks keep equal counts.
         control: one of `CONTROLS`; None = the real thing.
+        max_drop: the guard: how much worse than dense the healed validation metric may get, at
+            least 0, in its own unit. The first step beyond it is rolled back and the stage ends
+            there, with the report saying so; `Budget(metric_drop=)` would try finer steps
+            first. None = no guard.
+        allow_missed: give the nearest model to a budget that cannot be reached, instead of an
+            error; the report then says that it was missed.
 
     Raises:
         ConfigError: a name or a figure is wrong.
     """
 
-    budget: Budget | None = None
+    budget: Budget | Literal["auto"] | None = None
     threshold: Threshold | None = None
     criterion: str | Mapping[str, Any] = "taylor"
     granularity: str | tuple[str, ...] = "structured"
@@ -52,6 +74,8 @@ class Stage:
     round_to: RoundTo = "auto"
     homogeneous: bool = False
     control: str | None = None
+    max_drop: float | None = None
+    allow_missed: bool = False
 
     def __post_init__(self) -> None:
         for name, kind, example in (
@@ -61,6 +85,8 @@ class Stage:
             ("finetune", Finetune, "Finetune(epochs=3)"),
         ):
             value = getattr(self, name)
+            if name == "budget" and value == "auto":
+                continue
             if value is not None and not isinstance(value, kind):
                 raise ConfigError(
                     f"{name} must be a {kind.__name__}, as in {example}; got {value!r}"
@@ -85,6 +111,57 @@ class Stage:
             check_null(self.criterion)
         if self.control is not None:
             self._check_control(self.control)
+        for problem in (*self._guard_problems(), *self._clock_problems()):
+            raise ConfigError(problem)
+
+    def _guard_problems(self) -> Iterator[str]:
+        """What is wrong with the guard and with what may be missed."""
+        drop: Any = self.max_drop
+        number = isinstance(drop, (int, float)) and not isinstance(drop, bool)
+        if drop is not None and not (number and 0 <= drop < math.inf):
+            yield (
+                f"max_drop={drop!r}: how much worse the metric may get, at least 0, in the unit "
+                "of the metric (0.01 is one point of accuracy)"
+            )
+        if drop is not None and self.wants_drop:
+            yield (
+                "max_drop and a budget that limits the drop of the metric say the same twice: "
+                "leave max_drop away"
+            )
+        allowed: Any = self.allow_missed
+        if not isinstance(allowed, bool):
+            yield f"allow_missed must be True or False, got {allowed!r}"
+        if self.allow_missed and self.threshold is not None:
+            yield "allow_missed is for a budget; a threshold has no size to miss"
+        if self.control == "reinit" and (drop is not None or self.wants_drop):
+            yield (
+                'control="reinit" starts again from fresh weights after the last cut, and with a '
+                "limit on the drop of the metric no cut is known to be the last"
+            )
+        curve = None if self.schedule is None else self.schedule.curve
+        if self.searches and curve not in (None, "exponential"):
+            yield (
+                f"a budget without sizes has no end that a curve could lead to, got curve "
+                f'{curve!r}: write Schedule("exponential", steps={TRIES}), where steps is the most '
+                "that will be tried"
+            )
+
+    def _clock_problems(self) -> Iterator[str]:
+        """What cannot be done inside one fine-tuning."""
+        if self.schedule is None or self.schedule.every is None:
+            return
+        what = f"Schedule(every={self.schedule.every!r}) cuts inside one fine-tuning"
+        if self.finetune is None or 0 in (self.finetune.epochs, self.finetune.steps):
+            yield f"{what}: give finetune="
+        elif self.finetune.patience is not None:
+            yield f"{what}, which patience could stop before the last cut: leave patience away"
+        if self.max_drop is not None or self.wants_drop:
+            yield (
+                f"{what}; a limit on the drop of the metric needs steps that heal on their own, "
+                "to go back to: leave every away"
+            )
+        if self.control == "reinit":
+            yield f'{what}; control="reinit" trains after the last cut: leave every away'
 
     def _check_control(self, control: str) -> None:
         """A control must change what it claims, and nothing else."""
@@ -114,34 +191,133 @@ class Stage:
             return 0
         return math.ceil(2 / (self.threshold.fdr or 0.1))
 
+    @property
+    def wants_drop(self) -> bool:
+        """Whether the budget limits the drop of the metric."""
+        return self.budget == "auto" or (
+            isinstance(self.budget, Budget) and self.budget.metric_drop is not None
+        )
+
+    @property
+    def searches(self) -> bool:
+        """Whether the size is to be found: the drop of the metric is limited and no size is."""
+        budget = self.budget
+        sized = isinstance(budget, Budget) and (budget.sizes or budget.latency_ms is not None)
+        return self.wants_drop and not sized
+
+    @property
+    def smallest_in(self) -> str:
+        """What "as small as possible" means: "units" for single weights, else "macs"."""
+        kinds = expand_granularity(self.granularity)
+        return "units" if set(kinds) == {"weight"} else "macs"
+
+    @property
+    def most_steps(self) -> int:
+        """How many steps there will be at most."""
+        return self.steps.steps + (FINER if self.wants_drop else 0)
+
+    @property
+    def asked(self) -> Budget | Threshold:
+        """The budget or threshold, once "auto" is resolved."""
+        asked = self.budget if self.threshold is None else self.threshold
+        assert isinstance(asked, (Budget, Threshold))
+        return asked
+
+    @property
+    def wants_latency(self) -> bool:
+        """Whether the budget limits the time of a call."""
+        return isinstance(self.budget, Budget) and self.budget.latency_ms is not None
+
     def allocated(
-        self, scores: Scores, asked: Budget | Threshold, null: Sequence[Scores] = ()
+        self,
+        scores: Scores,
+        asked: Budget | Threshold,
+        null: Sequence[Scores] = (),
+        *,
+        sensitivity: Sensitivity | None = None,
+        latency: LatencyTable | None = None,
     ) -> Counts:
-        """Counts of a step, by the options of the stage."""
+        """Counts of a step, by the options of the stage; keywords as in `allocate`.
+
+        Raises:
+            BudgetError: as `allocate`; not for a budget that may be missed.
+        """
+        try:
+            return allocate(
+                scores, asked, method=self.allocation, min_keep=self.min_keep,
+                round_to=self.round_to, homogeneous=self.homogeneous, null=null,
+                sensitivity=sensitivity, latency=latency,
+            )  # fmt: skip
+        except BudgetError:
+            if not self.allow_missed or isinstance(asked, Threshold):
+                raise
+        return replace(self.fewest(scores), asked=asked)
+
+    def fewest(self, scores: Scores) -> Counts:
+        """Counts when every target keeps as few units as it may."""
+        frame = make_frame(scores, self.min_keep, self.round_to, self.homogeneous)
+        least = sum(frame.expand(frame.low).values())
         return allocate(
-            scores, asked, method=self.allocation, min_keep=self.min_keep,
-            round_to=self.round_to, homogeneous=self.homogeneous, null=null,
+            scores, Budget(units=least), min_keep=self.min_keep, round_to=self.round_to,
+            homogeneous=self.homogeneous,
         )  # fmt: skip
+
+    def missed(self, scores: Scores) -> str:
+        """Why the budget cannot be reached from these scores; empty when it can."""
+        if not isinstance(self.budget, Budget) or not self.budget.sizes:
+            return ""
+        try:
+            replace(self, allow_missed=False).allocated(scores, Budget(**self.budget.sizes))
+        except BudgetError as error:
+            return str(error)
+        return ""
 
     @property
     def steps(self) -> Schedule:
-        """The schedule; by default five cubic steps to a budget, one shot for a threshold."""
+        """The schedule; by default five cubic steps to a budget, one shot for a threshold.
+
+        For `Budget(metric_drop=)` up to 20 steps that each leave 80 %.
+        """
         if self.schedule is not None:
             return self.schedule
+        if self.wants_drop:
+            return Schedule("exponential", TRIES)
         return Schedule("one_shot", 1) if self.threshold is not None else Schedule()
 
-    def asked_at(self, step: int, graph: Graph) -> Budget | Threshold:
+    def asked_at(self, step: int, graph: Graph, dense_ms: float = 0.0) -> Budget | Threshold:
         """The budget of a step, from the schedule; a threshold is the same at every step."""
-        if self.budget is None:
-            assert self.threshold is not None
+        if self.threshold is not None:
             return self.threshold
-        if step == self.steps.steps:
-            return self.budget
-        cost = dense_cost(graph)
-        units = sum(t.n_units for t in graph.select(self.granularity))
-        dense = {"units": units, "params": cost.params, "macs": cost.macs}
-        left = {
-            name: min(1.0, self.steps.remaining(step, self.budget.fraction(name, dense[name])))
-            for name in self.budget.sizes
+        fraction = 1.0 if step == self.steps.steps else self.steps.fraction(step)
+        return self.asked_along(fraction, graph, dense_ms)
+
+    def asked_along(self, fraction: float, graph: Graph, dense_ms: float = 0.0) -> Budget:
+        """What may remain after a fraction of the whole cut; all limits but the metric at 1.
+
+        Args:
+            fraction: of the cut, in [0, 1].
+            graph: what sizes are fractions of.
+            dense_ms: time of a call of the dense model; 0 leaves the limit on latency out.
+        """
+        assert isinstance(self.budget, Budget)
+        if fraction == 1:
+            kept = self.budget.latency_ms if dense_ms else None
+            return replace(self.budget, latency_ms=kept, metric_drop=None)
+        left: dict[str, float] = {
+            name: min(1.0, last + (1 - last) * (1 - fraction))
+            for name, last in self.final_fractions(graph, dense_ms).items()
         }
+        if "latency_ms" in left:
+            left["latency_ms"] *= dense_ms
         return Budget(**left)
+
+    def final_fractions(self, graph: Graph, dense_ms: float = 0.0) -> dict[str, float]:
+        """The limits of the budget as fractions of the dense model."""
+        assert isinstance(self.budget, Budget)
+        units = sum(t.n_units for t in graph.select(self.granularity))
+        dense = {**asdict(dense_cost(graph)), "units": units}
+        budget = self.budget
+        found = {q: budget.fraction(q, dense[q]) if dense[q] else 1.0 for q in budget.sizes}
+        if budget.latency_ms is not None and dense_ms:
+            found["latency_ms"] = min(1.0, budget.latency_ms / dense_ms)
+        return found

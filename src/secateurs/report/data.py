@@ -112,6 +112,9 @@ class StepRow:
         metric_masked: validation metric right after the cut.
         metric_healed: validation metric after the fine-tuning that follows.
         loss: training loss at the end of the step.
+        rolled_back: the step lost too much and was undone: it is not in the model.
+        optimizer_step: of the one fine-tuning in which the cut was made; None when the step has a
+            fine-tuning of its own.
     """
 
     step: int
@@ -120,6 +123,8 @@ class StepRow:
     metric_masked: float | None = None
     metric_healed: float | None = None
     loss: float | None = None
+    rolled_back: bool = False
+    optimizer_step: int | None = None
 
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT_KEYS
 

@@ -181,7 +181,10 @@ def _schedule_plots(report: Report) -> list[dict[str, str]]:
     if quantity is None or not drawn:
         return []
     what = words.remaining_words(quantity)
-    label = f"{report.metric} against {what} remaining, for {len(report.steps)} steps"
+    undone = sum(step.rolled_back for step in report.steps)
+    label = f"{report.metric} against {what} remaining, for {len(report.steps)} steps" + (
+        f", {undone} of them rolled back" if undone else ""
+    )
     svg = plots.schedule_plot(
         report.steps,
         quantity=quantity,

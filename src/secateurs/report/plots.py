@@ -1,28 +1,23 @@
 """Plots of a report as inline SVG. Each takes its data, then `key=` and `label=`, and returns text.
 
 `key` makes the ids of one plot differ from those of every other on the page, `label` is read out
-in place of the picture. Colours are named by role and resolved by the page's style sheet, so that
-light, dark and print need no second drawing. No pyplot: nothing global is left behind.
+in place of the picture. How they look is in `drawing`.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from secateurs.report.data import ControlRow, DiagnosisRow, Histogram, StepRow
-from secateurs.report.words import finite, number, remaining_words, shorten
+from secateurs.report.drawing import ROLES, make_axes, make_figure, plain_style, tick_text, to_svg
+from secateurs.report.words import finite, remaining_words, shorten
 
 __all__ = [
     "control_plot",
@@ -31,84 +26,6 @@ __all__ = [
     "score_plot",
     "weight_plot",
 ]
-
-# Drawn in colours that nothing else uses; the style sheet gives each role its real one.
-_ROLES = {
-    "ink": "#010203",
-    "muted": "#040506",
-    "grid": "#070809",
-    "kept": "#0a0b0c",
-    "removed": "#0d0e0f",
-    "flag": "#101112",
-    "card": "#131415",
-}
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "secateurs",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "text.parse_math": False,
-    "axes.unicode_minus": True,
-}
-_plain = style.context(["default", _STYLE])
-"""Decorates every plot: the user's own matplotlib settings neither reach it nor are changed."""
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-
-
-def _axes(figure: Figure, size: float = 12) -> Axes:
-    """One plain panel: a faint grid, no box, text in the ink of the page."""
-    axes: Axes = figure.add_subplot()
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_ROLES["muted"])
-    axes.patch.set_visible(False)
-    figure.patch.set_visible(False)
-    axes.tick_params(
-        colors=_ROLES["muted"], labelcolor=_ROLES["ink"], labelsize=size, length=3, which="both"
-    )
-    axes.set_axisbelow(True)
-    return axes
-
-
-def _svg(figure: Figure, key: str, label: str, titles: Mapping[str, str] | None = None) -> str:
-    """The figure as an inline SVG element, with ids of its own and no drawing of its text."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        # a name may use characters that the measuring font lacks: the browser has others
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator"), None))
-    text = buffer.getvalue()
-    view = re.search(r'viewBox="([^"]+)"', text)
-    assert view is not None
-    body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
-    body = re.sub(r"\s+", " ", body.replace("xlink:href", "href"))
-    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    for role, colour in _ROLES.items():
-        body = body.replace(colour, f"var(--{role})")
-    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body)) | set(titles or {})
-    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", body)
-    body = re.sub(r"(url\(|href=\")#", rf"\1#{key}-", body)
-    for name, title in (titles or {}).items():
-        tag = f'<g id="{key}-{name}">'
-        body = body.replace(tag, f"{tag}<title>{escape(title)}</title>")
-    body = re.sub(r"<[^>]*>", _round_tag, body).replace("> <", "><")
-    return (
-        f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(label)}">'
-        f"<title>{escape(label)}</title>{body.strip()}</svg>"
-    )
-
-
-def _round_tag(tag: re.Match[str]) -> str:
-    """A tag with its coordinates rounded to hundredths; the text between tags is left alone."""
-    return re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag[0])
-
-
-def _ticks(value: float, _position: int | None = None) -> str:
-    return number(float(f"{value:.6g}"))
 
 
 def _power(value: float, _position: int | None = None) -> str:
@@ -119,7 +36,7 @@ def _power(value: float, _position: int | None = None) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-@_plain
+@plain_style
 def schedule_plot(
     steps: Sequence[StepRow],
     *,
@@ -129,33 +46,42 @@ def schedule_plot(
     key: str,
     label: str,
 ) -> str:
-    """Metric against what remains: hollow right after each cut, filled when healed."""
-    figure = _figure(400, 280)
-    axes = _axes(figure)
+    """Metric against what remains: hollow right after each cut, filled when healed.
+
+    Steps that were rolled back are crosses, and no line goes through them.
+    """
+    figure = make_figure(400, 280)
+    axes = make_axes(figure)
     path: list[tuple[float, float]] = [(100.0, dense)] if finite(dense) else []
     cut: list[tuple[float, float]] = []
     healed: list[tuple[float, float]] = []
+    undone: list[tuple[float, float]] = []
     for step in steps:
         remaining = step.remaining.get(quantity)
         if not finite(remaining):
+            continue
+        if step.rolled_back:
+            last = step.metric_masked if step.metric_healed is None else step.metric_healed
+            if finite(last):
+                undone.append((100 * remaining, last))
             continue
         for value, points in ((step.metric_masked, cut), (step.metric_healed, healed)):
             if finite(value):
                 points.append((100 * remaining, value))
                 path.append(points[-1])
     if finite(dense):
-        axes.axhline(dense, color=_ROLES["muted"], linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.axhline(dense, color=ROLES["muted"], linestyle=(0, (4, 3)), linewidth=1.2)
         axes.annotate(
             "dense",
             (0, dense),
             xycoords=("axes fraction", "data"),
             xytext=(2, 3),
             textcoords="offset points",
-            color=_ROLES["ink"],
+            color=ROLES["ink"],
             fontsize=11,
         )
     if path:
-        axes.plot(*zip(*path, strict=True), color=_ROLES["muted"], linewidth=0.8)
+        axes.plot(*zip(*path, strict=True), color=ROLES["muted"], linewidth=0.8)
     if cut:
         x, y = zip(*cut, strict=True)
         axes.plot(
@@ -163,8 +89,8 @@ def schedule_plot(
             y,
             "o",
             markersize=8,
-            color=_ROLES["flag"],
-            markerfacecolor=_ROLES["card"],
+            color=ROLES["flag"],
+            markerfacecolor=ROLES["card"],
             markeredgewidth=2,
             label="right after the cut",
         )
@@ -174,54 +100,64 @@ def schedule_plot(
             "o-",
             markersize=8,
             linewidth=2,
-            color=_ROLES["kept"],
+            color=ROLES["kept"],
             label="after fine-tuning",
+        )
+    if undone:
+        axes.plot(
+            *zip(*undone, strict=True),
+            "x",
+            markersize=8,
+            markeredgewidth=2,
+            color=ROLES["flag"],
+            label="rolled back",
         )
     axes.set_xlim(104, 0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
-    axes.yaxis.set_major_formatter(FuncFormatter(_ticks))
+    axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.margins(y=0.1)
-    axes.grid(axis="y", color=_ROLES["grid"], linewidth=1)
+    axes.grid(axis="y", color=ROLES["grid"], linewidth=1)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(
         f"{remaining_words(quantity)} remaining (pruning goes to the right)",
-        color=_ROLES["ink"],
+        color=ROLES["ink"],
         fontsize=12,
     )
-    axes.set_ylabel(shorten(metric, 30), color=_ROLES["ink"], fontsize=12)
-    if cut or healed:
+    axes.set_ylabel(shorten(metric, 30), color=ROLES["ink"], fontsize=12)
+    if cut or healed or undone:
         figure.legend(
             loc="outside upper left",
-            ncols=2,
+            ncols=2 + bool(undone),
+            columnspacing=0.8 if undone else None,
             frameon=False,
             fontsize=12,
-            labelcolor=_ROLES["ink"],
+            labelcolor=ROLES["ink"],
             handletextpad=0.4,
         )
-    return _svg(figure, key, label)
+    return to_svg(figure, key, label)
 
 
-@_plain
+@plain_style
 def control_plot(rows: Sequence[ControlRow], *, metric: str, key: str, label: str) -> str:
     """Mean and standard error of the method and its controls, one below the other."""
     shown = [r for r in rows if finite(r.mean)]
-    figure = _figure(400, 62 + 30 * len(shown))
-    axes = _axes(figure)
+    figure = make_figure(400, 62 + 30 * len(shown))
+    axes = make_axes(figure)
     for i, row in enumerate(shown):
         mean = row.mean or 0.0
-        colour = _ROLES["kept" if row.role == "method" else "muted"]
+        colour = ROLES["kept" if row.role == "method" else "muted"]
         error = row.standard_error if finite(row.standard_error) else 0.0
         axes.plot([mean - error, mean + error], [i, i], color=colour, linewidth=3)
         axes.plot([mean], [i], "o" if row.role == "method" else "s", color=colour, markersize=8)
     titles = _names(axes, [r.name for r in shown], 18)
-    axes.grid(axis="x", color=_ROLES["grid"], linewidth=1)
+    axes.grid(axis="x", color=ROLES["grid"], linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(_ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
     axes.set_xlabel(
-        f"{shorten(metric, 22)}, mean ± standard error", color=_ROLES["ink"], fontsize=12
+        f"{shorten(metric, 22)}, mean ± standard error", color=ROLES["ink"], fontsize=12
     )
-    return _svg(figure, key, label, titles)
+    return to_svg(figure, key, label, titles)
 
 
 def _names(axes: Axes, names: Sequence[str], width: int) -> dict[str, str]:
@@ -242,22 +178,22 @@ def _positive(rows: Mapping[str, DiagnosisRow], layer: str) -> float | None:
     return value if finite(value) and value > 0 else None
 
 
-@_plain
+@plain_style
 def gradient_plot(
     before: Sequence[DiagnosisRow], after: Sequence[DiagnosisRow], *, key: str, label: str
 ) -> str:
     """Gradient norm of each layer before (hollow) and after (filled), flagged layers marked."""
     first, last = {r.layer: r for r in before}, {r.layer: r for r in after}
     layers = list(dict.fromkeys([*first, *last]))
-    figure = _figure(400, 80 + 22 * len(layers))
-    axes = _axes(figure)
+    figure = make_figure(400, 80 + 22 * len(layers))
+    axes = make_axes(figure)
     axes.set_xscale("log")
     spots: dict[str, tuple[list[float], list[int]]] = {"before": ([], []), "after": ([], [])}
     for i, layer in enumerate(layers):
         pair = {"before": _positive(first, layer), "after": _positive(last, layer)}
         known = [v for v in pair.values() if v is not None]
         if len(known) == 2:
-            axes.plot(known, [i, i], color=_ROLES["muted"], linewidth=1.2, zorder=1)
+            axes.plot(known, [i, i], color=ROLES["muted"], linewidth=1.2, zorder=1)
         for when, value in pair.items():
             if value is not None:
                 spots[when][0].append(value)
@@ -276,7 +212,7 @@ def gradient_plot(
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
-                color=_ROLES["flag"],
+                color=ROLES["flag"],
                 fontsize=12,
                 fontweight="bold",
             )
@@ -284,25 +220,25 @@ def gradient_plot(
         *spots["before"],
         "o",
         markersize=8,
-        color=_ROLES["muted"],
-        markerfacecolor=_ROLES["card"],
+        color=ROLES["muted"],
+        markerfacecolor=ROLES["card"],
         markeredgewidth=2,
         label="before",
     )
-    axes.plot(*spots["after"], "o", markersize=7, color=_ROLES["kept"], label="after")
+    axes.plot(*spots["after"], "o", markersize=7, color=ROLES["kept"], label="after")
     titles = _names(axes, layers, 23)
     _log_axis(axes, [v for x, _ in spots.values() for v in x], 5)
-    axes.grid(axis="x", color=_ROLES["grid"], linewidth=1)
-    axes.set_xlabel("gradient norm (logarithmic)", color=_ROLES["ink"], fontsize=12)
+    axes.grid(axis="x", color=ROLES["grid"], linewidth=1)
+    axes.set_xlabel("gradient norm (logarithmic)", color=ROLES["ink"], fontsize=12)
     figure.legend(
         loc="outside upper left",
         ncols=2,
         frameon=False,
         fontsize=12,
-        labelcolor=_ROLES["ink"],
+        labelcolor=ROLES["ink"],
         handletextpad=0.2,
     )
-    return _svg(figure, key, label, titles)
+    return to_svg(figure, key, label, titles)
 
 
 def _log_axis(axes: Axes, values: Sequence[float], n_ticks: int) -> None:
@@ -318,18 +254,18 @@ def _log_axis(axes: Axes, values: Sequence[float], n_ticks: int) -> None:
 
 
 def _panel() -> tuple[Figure, Axes]:
-    figure = _figure(260, 130)
-    axes = _axes(figure)
+    figure = make_figure(260, 130)
+    axes = make_axes(figure)
     axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", color=_ROLES["grid"], linewidth=1)
+    axes.grid(axis="y", color=ROLES["grid"], linewidth=1)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(_ticks))
-    axes.yaxis.set_major_formatter(FuncFormatter(_ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
+    axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
     return figure, axes
 
 
-@_plain
+@plain_style
 def score_plot(histogram: Histogram, threshold: float | None, *, key: str, label: str) -> str:
     """Scores of one target: what is below the threshold in grey, the rest in colour."""
     figure, axes = _panel()
@@ -342,20 +278,20 @@ def score_plot(histogram: Histogram, threshold: float | None, *, key: str, label
     centres = np.sqrt(edges[:-1] * edges[1:]) if log else (edges[:-1] + edges[1:]) / 2
     for role, chosen in (("removed", centres < limit), ("kept", centres >= limit)):
         if (counts * chosen).any():
-            axes.stairs(counts * chosen, edges, fill=True, color=_ROLES[role], linewidth=0)
+            axes.stairs(counts * chosen, edges, fill=True, color=ROLES[role], linewidth=0)
     low, high = float(edges[0]), float(edges[-1])
     if inside and threshold is not None:
-        axes.axvline(threshold, color=_ROLES["flag"], linewidth=2, linestyle=(0, (4, 2)))
+        axes.axvline(threshold, color=ROLES["flag"], linewidth=2, linestyle=(0, (4, 2)))
         low, high = min(low, threshold), max(high, threshold)
     if log:
         _log_axis(axes, [low, high], 4)
     else:
         axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     axes.set_ylim(bottom=0)
-    return _svg(figure, key, label)
+    return to_svg(figure, key, label)
 
 
-@_plain
+@plain_style
 def weight_plot(before: Histogram | None, after: Histogram | None, *, key: str, label: str) -> str:
     """Non-zero weights per unit of weight: before as a grey area, after as a line."""
     figure, axes = _panel()
@@ -365,9 +301,9 @@ def weight_plot(before: Histogram | None, after: Histogram | None, *, key: str, 
         edges = np.array(histogram.edges)
         density = np.array(histogram.counts) / np.diff(edges)
         if fill:
-            axes.stairs(density, edges, fill=True, color=_ROLES["removed"], linewidth=0)
+            axes.stairs(density, edges, fill=True, color=ROLES["removed"], linewidth=0)
         else:
-            axes.stairs(density, edges, color=_ROLES["kept"], linewidth=1.8)
+            axes.stairs(density, edges, color=ROLES["kept"], linewidth=1.8)
     axes.yaxis.set_major_locator(NullLocator())
     axes.set_ylim(bottom=0)
-    return _svg(figure, key, label)
+    return to_svg(figure, key, label)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +20,12 @@ from secateurs.finetuning import EpochRow, finetune
 from secateurs.tasks.base import Data, Task
 from secateurs.tensorfiles import read_tensors, write_tensors
 
-__all__ = ["dense_checkpoint", "train_dense"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["cache_dir", "checksum", "dense_checkpoint", "kept", "train_dense", "trained_once"]
 
 Progress = Callable[[EpochRow], object]
 
@@ -73,23 +80,81 @@ def dense_checkpoint(
         MissingDependencyError: the data is not installed; names the command.
     """
     data = task.load(seed, full_data=full_data)
-    path = _cache_dir() / f"{task.name}-{seed}-{_fingerprint(task, data)}.safetensors"
-    if path.exists():
+    model, cached = trained_once(task, data, seed, str(seed), progress=progress)
+    return model, data, cached
+
+
+def trained_once(
+    task: Task, data: Data, seed: int, label: str, *, progress: Progress | None = None
+) -> tuple[nn.Module, bool]:
+    """The network trained on `data.train`, and whether it came from the cache.
+
+    Args:
+        task: what to build and how to train it.
+        data: from `task.load`, or a part of it.
+        seed: of the initialisation.
+        label: in the name of the cache file.
+        progress: as in `train_dense`.
+    """
+    path = cache_dir() / f"{task.name}-{label}-{_fingerprint(task, data)}.safetensors"
+    return kept(
+        path,
+        task.name,
+        lambda: _built(task, 0),
+        lambda: train_dense(task, data, seed, progress=progress),
+    )
+
+
+def kept(
+    path: Path, name: str, build: Callable[[], nn.Module], train: Callable[[], nn.Module]
+) -> tuple[nn.Module, bool]:
+    """The network of a cache file, or a newly trained one that is kept there; and whether kept.
+
+    Of several processes that ask for the same file one trains, and the others wait for it.
+
+    Args:
+        path: the cache file; its name says everything that decides the weights.
+        name: of the network, for messages.
+        build: a network of the same architecture, to be filled from the file.
+        train: the trained network.
+    """
+    with _alone(path):
+        if path.exists():
+            try:
+                return _restore(build, path), True
+            except FileFormatError as error:
+                warnings.warn(f"cache file {error}; training {name} again", stacklevel=4)
+        model = train()
         try:
-            return _restore(task, path), data, True
-        except FileFormatError as error:
-            warnings.warn(f"cache file {error}; training {task.name} again", stacklevel=2)
-    model = train_dense(task, data, seed, progress=progress)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = model.state_dict()
-        write_tensors(path, state, {"sha256": _checksum(state)})
-    except OSError as error:
-        warnings.warn(f"{path} cannot be written: {error}; not cached", stacklevel=2)
-    return model, data, False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = model.state_dict()
+            write_tensors(path, state, {"sha256": checksum(state)})
+        except OSError as error:
+            warnings.warn(f"{path} cannot be written: {error}; not cached", stacklevel=4)
+    return model, False
 
 
-def _cache_dir() -> Path:
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Only one process of this machine at a time is here for the same file.
+
+    The system frees the place of a process that is killed. Where files cannot be locked, several
+    may be here: they do the same work, with the same result.
+    """
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    try:  # not beside the file: the cache holds networks only
+        file = Path(tempfile.gettempdir(), f"secateurs-{name}.lock").open("a")  # noqa: SIM115
+    except OSError:
+        yield
+        return
+    with file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cache_dir() -> Path:
+    """`$SECATEURS_CACHE`, by default `~/.cache/secateurs`."""
     default = Path.home() / ".cache" / "secateurs"
     return Path(os.environ.get("SECATEURS_CACHE") or default).expanduser()
 
@@ -102,14 +167,14 @@ def _fingerprint(task: Task, data: Data) -> str:
     source = getattr(sys.modules.get(type(model).__module__), "__file__", None)
     if source is not None:
         digest.update(Path(source).read_bytes())
-    digest.update(_checksum(model.state_dict()).encode())  # they may be pretrained
+    digest.update(checksum(model.state_dict()).encode())  # they may be pretrained
     for inputs, targets in data.train:
         digest.update(inputs.numpy())
         digest.update(targets.numpy())
     return digest.hexdigest()[:12]
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Hash of names and values: the file format itself would not notice a flipped bit."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -118,11 +183,11 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _restore(task: Task, path: Path) -> nn.Module:
+def _restore(build: Callable[[], nn.Module], path: Path) -> nn.Module:
     """The network with the weights of a cache file, in eval mode."""
     tensors, texts = read_tensors(path)
-    if _checksum(tensors) != texts.get("sha256"):
+    if checksum(tensors) != texts.get("sha256"):
         raise FileFormatError(f"{path} is damaged: its checksum does not match")
-    model = _built(task, 0)
+    model = build()
     model.load_state_dict(tensors)
     return model.eval()

@@ -1,7 +1,5 @@
 """How long a forward call takes, for candidates that take turns.
 
-    {name: model}, example_inputs ── compare_latency ──> {name: [LatencyRow per batch size]}
-
 All candidates are timed in one process, block by block in turn, so that a busy machine slows all of
 them alike; medians and quartiles are reported, never a single run.
 """
@@ -25,7 +23,17 @@ from secateurs.errors import ConfigError, DataError
 from secateurs.macs import check_materialised, run_once
 from secateurs.types import Inputs
 
-__all__ = ["LatencyRow", "compare_latency", "resize_batch"]
+__all__ = [
+    "LatencyRow",
+    "block_ms",
+    "compare_latency",
+    "resize_batch",
+    "row_of",
+    "threads_set",
+    "times_in_turn",
+    "timing",
+    "wait",
+]
 
 REPEATS = 21
 MIN_MS = 5.0
@@ -86,62 +94,77 @@ def compare_latency(
     sizes = [batch_size(example_inputs)] if batch_sizes is None else list(batch_sizes)
     batches = [(size, resize_batch(example_inputs, size)) for size in sizes]
     rows: dict[str, list[LatencyRow]] = {name: [] for name in models}
+    with timing(models, threads):
+        for size, inputs in batches:
+            times, calls = times_in_turn(models, inputs, size, repeats, min_ms)
+            for name, taken in times.items():
+                rows[name].append(row_of(taken, size, repeats * calls[name]))
+    return rows
+
+
+@contextmanager
+def timing(models: Mapping[str, nn.Module], threads: int | None) -> Iterator[None]:
+    """Within: eval mode and so many threads; everything is as before afterwards.
+
+    Raises:
+        CaptureError: a model has parameters without a shape.
+    """
     with ExitStack() as stack:
-        stack.enter_context(_threads(threads))
+        stack.enter_context(threads_set(threads))
         for model in models.values():
             check_materialised(model)
             stack.enter_context(preserve(model))
             stack.enter_context(in_mode(model, training=False))
-        for size, inputs in batches:
-            for name, row in _time_in_turn(models, inputs, size, repeats, min_ms).items():
-                rows[name].append(row)
-    return rows
+        yield
 
 
-def _time_in_turn(
+def times_in_turn(
     models: Mapping[str, nn.Module], inputs: Inputs, size: int, repeats: int, min_ms: float
-) -> dict[str, LatencyRow]:
-    """One latency row per model at one batch size."""
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds of a call in each block, by round, and calls per block; inside `timing`."""
     calls, placed, times = {}, {}, {name: list[float]() for name in models}
     for name, model in models.items():
         # The first call allocates and may fill caches, which must stay usable for training.
         with torch.inference_mode(False), torch.no_grad():
             placed[name] = to_device(inputs, model_device(model))
             run_once(model, placed[name], f"{name!r} at batch size {size}")
-        warm = min(_block_ms(model, placed[name], 1) for _ in range(3))
+        warm = min(block_ms(model, placed[name], 1) for _ in range(3))
         calls[name] = max(1, math.ceil(min_ms / max(warm, 1e-6)))
     order = list(models)
     for _ in range(repeats):
         for name in order:
-            took = _block_ms(models[name], placed[name], calls[name])
+            took = block_ms(models[name], placed[name], calls[name])
             times[name].append(took / calls[name])
         order.reverse()
-    rows = {}
-    for name, samples in times.items():
-        p25, median, p75 = statistics.quantiles(samples, n=4, method="inclusive")
-        rows[name] = LatencyRow(size, median, p25, p75, runs=repeats * calls[name])
-    return rows
+    return times, calls
 
 
-def _block_ms(model: nn.Module, inputs: Inputs, calls: int) -> float:
+def row_of(times: Sequence[float], size: int, runs: int) -> LatencyRow:
+    """Median and quartiles."""
+    p25, median, p75 = statistics.quantiles(times, n=4, method="inclusive")
+    return LatencyRow(size, median, p25, p75, runs)
+
+
+def block_ms(model: nn.Module, inputs: Inputs, calls: int) -> float:
     """Milliseconds for `calls` calls, until the device has finished."""
     device = model_device(model)
     with torch.inference_mode():
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         for _ in range(calls):
             call_model(model, inputs)
-        _wait(device)
+        wait(device)
         return (time.perf_counter() - start) * 1e3
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has finished."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
 
 
 @contextmanager
-def _threads(n: int | None) -> Iterator[None]:
+def threads_set(n: int | None) -> Iterator[None]:
     """Use `n` CPU threads (None: as they are); restore the number afterwards."""
     before = torch.get_num_threads()
     if n is not None:

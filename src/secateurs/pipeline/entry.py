@@ -1,0 +1,249 @@
+"""`prune` and `prune_stages`: the composition of all rooms, and their result."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from secateurs.bars import Progress, bar
+from secateurs.errors import ConfigError, choose
+from secateurs.filters import Patterns
+from secateurs.finetuning import Finetune, FinetuneResult
+from secateurs.pipeline.request import check_request, random_state
+from secateurs.pipeline.resolving import check_budget
+from secateurs.pipeline.run import Run
+from secateurs.pipeline.stage import Stage
+from secateurs.pipeline.stepping import cut_all
+from secateurs.report.assemble import Outcome, assemble
+from secateurs.report.data import Report
+from secateurs.schedules import Schedule
+from secateurs.surgery import save, slice_masks
+from secateurs.types import (
+    Batches,
+    Budget,
+    Counts,
+    Evaluate,
+    Graph,
+    Inputs,
+    LossFn,
+    Plan,
+    Scores,
+    Threshold,
+)
+
+__all__ = ["PruneResult", "cut_stages", "prune", "prune_stages"]
+
+
+@dataclass(eq=False)
+class PruneResult:
+    """What `prune` gives back.
+
+    Attributes:
+        model: the smaller model, verified; in the mode of the model that came in.
+        plan: what was removed.
+        masks: weight masks of the smaller model, to go on training with `hold_masks`.
+        report: everything worth reading, as data; `report.to_dict()` for JSON.
+        masked: the dense-shaped model with everything removed at zero.
+        scores: of the last step that was kept.
+        counts: of the last step that was kept.
+        history: fine-tuning after each step, those that were rolled back included; one for all
+            steps of a stage with `Schedule(every=)`.
+    """
+
+    model: nn.Module
+    plan: Plan
+    masks: dict[str, Tensor]
+    report: Report
+    masked: nn.Module
+    scores: Scores
+    counts: Counts
+    history: list[FinetuneResult] = field(default_factory=list)
+
+    def save(self, directory: str | Path, *, force: bool = False) -> Path:
+        """Write `model.safetensors`, `plan.json`, `report.json` and `report.html`.
+
+        Raises:
+            ConfigError: the directory holds results already and `force` is not set, or is a file.
+            MissingDependencyError: the page needs `secateurs[report]`.
+        """
+        from secateurs.report.html import render
+
+        if Path(directory).is_file():
+            raise ConfigError(f"{directory} is a file; name a directory")
+        text = json.dumps(self.report.to_dict(), indent=1, allow_nan=False)
+        page = render(self.report)
+        out = save(self.model, self.plan, directory, force=force)
+        (out / "report.json").write_text(text, encoding="utf-8")
+        (out / "report.html").write_text(page, encoding="utf-8")
+        return out
+
+
+def prune(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    *,
+    example_inputs: Inputs,
+    budget: Budget | Literal["auto"] | None = None,
+    threshold: Threshold | None = None,
+    criterion: str | Mapping[str, Any] = "taylor",
+    granularity: str | tuple[str, ...] = "structured",
+    schedule: Schedule | None = None,
+    finetune: Finetune | None = None,
+    evaluate: Evaluate | None = None,
+    **options: Any,
+) -> PruneResult:
+    """Prune a trained model in one call; the model that is passed in is not changed.
+
+    Args:
+        model: trained.
+        batches: training data, re-iterable pairs `(inputs, targets)`.
+        loss_fn: `loss_fn(outputs, targets)`, the mean over the samples.
+        example_inputs: a tensor, a tuple or a dict: what the model is called with.
+        budget, threshold, criterion, granularity, schedule, finetune: see `Stage`.
+        evaluate: `evaluate(model)` on validation data; a float or a dict.
+        **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control`, `max_drop`,
+            `allow_missed` as in `Stage`, and the options of `prune_stages` (`include` and
+            `exclude` among them).
+
+    Raises:
+        ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.randn(32, 4)
+        >>> result = prune(net, [(x, (x[:, 0] > 0).long())], F.cross_entropy, example_inputs=x,
+        ...                budget=Budget(units=0.25))
+        >>> result.model[0]
+        Linear(in_features=4, out_features=4, bias=True)
+    """
+    known = {n for f in (prune, prune_stages) for n in inspect.signature(f).parameters}
+    of_stage = ("allocation", "min_keep", "round_to", "homogeneous", "control", "max_drop",
+                "allow_missed")  # fmt: skip
+    for name in options:
+        choose(name, {*of_stage, *known} - {"options", "stages"}, "option of prune")
+    stage_options = {k: options.pop(k) for k in of_stage if k in options}
+    stage = Stage(budget, threshold, criterion, granularity, schedule=schedule, finetune=finetune,
+                  **stage_options)  # fmt: skip
+    return prune_stages(
+        model,
+        batches,
+        loss_fn,
+        [stage],
+        example_inputs=example_inputs,
+        evaluate=evaluate,
+        **options,
+    )
+
+
+def prune_stages(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    stages: Sequence[Stage],
+    *,
+    example_inputs: Inputs,
+    evaluate: Evaluate | None = None,
+    test: Evaluate | None = None,
+    calibration: Batches | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    outputs: Sequence[str] = (),
+    norm: str = "exact",
+    maximize: bool = True,
+    form: str = "auto",
+    seed: int = 0,
+    latency: Sequence[int] | None = None,
+    progress: Progress | bool = False,
+) -> PruneResult:
+    """Several rounds in a row, e.g. weights first, then the structure that is left.
+
+    Args:
+        stages: rounds; masks of earlier ones stay.
+        evaluate: on validation data, used along the way. Its first call is on the dense model,
+            before anything expensive.
+        test: on test data, called twice at the end: for the dense and for the smaller model.
+        calibration: batches for scoring; by default the training batches.
+        include, exclude: what may be pruned in all stages, by name, glob, kind, regular expression,
+            module class or module: see `Graph.only`.
+        outputs: names of the model's outputs that matter, see `trace`; empty for all.
+        norm: what norms and means over removed units count: "exact", all that the dense model had;
+            "plain", what is left (see `shrink`); "pin": such units stay (see `trace`).
+        maximize: whether a larger metric is better.
+        form: of the result, see `shrink`.
+        seed: of noise, dropout and loaders without a generator, from 0 to 2**32 - 1.
+        latency: batch sizes to time; None = not timed.
+        progress: True draws a bar on stderr; a function is called with (what, done, total).
+
+    Other arguments, and errors, as `prune`.
+    """
+    shown = bar("prune") if progress is True else nullcontext(progress or None)
+    with random_state(seed), shown as tell:
+        graph = check_request(
+            model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,
+            test=test, calibration=calibration, include=include, exclude=exclude,
+            outputs=outputs, norm=norm, form=form, latency=latency,
+        )  # fmt: skip
+        samples = batches if calibration is None else calibration
+        run = Run(
+            model, batches, samples, loss_fn, graph, evaluate, maximize, seed, tell, example_inputs
+        )
+        small = cut_all(run, stages, example_inputs, form=form, norm=norm)
+        assert run.plan is not None
+        run.tell("measure", run.total)
+        report = assemble(
+            Outcome(
+                dense=model, small=small, graph=graph, plan=run.plan, scores=run.last_scores,
+                counts=run.last_counts, dense_metrics=run.dense_metrics, steps=tuple(run.steps),
+                evaluate=evaluate, test=test, batches=samples, loss_fn=loss_fn, maximize=maximize,
+                example_inputs=example_inputs, latency=tuple(latency or ()), seed=seed,
+                notes=tuple(run.notes), met=run.met,
+            )
+        )  # fmt: skip
+    return PruneResult(
+        small, run.plan, slice_masks(run.plan), report, run.work,
+        run.last_scores[-1], run.last_counts[-1], run.history,
+    )  # fmt: skip
+
+
+def cut_stages(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    stages: Sequence[Stage],
+    *,
+    example_inputs: Inputs,
+    graph: Graph,
+    evaluate: Evaluate | None = None,
+    calibration: Batches | None = None,
+    norm: str = "exact",
+    maximize: bool = True,
+    form: str = "auto",
+    seed: int = 0,
+) -> tuple[nn.Module, Plan]:
+    """The smaller model and what was removed: `prune_stages` without measuring and report.
+
+    Args:
+        graph: from `check_request` on a model of the same architecture.
+
+    Other arguments, and errors, as `prune_stages`.
+    """
+    samples = batches if calibration is None else calibration
+    for stage in stages:
+        check_budget(stage, evaluate is not None)
+    with random_state(seed):
+        run = Run(
+            model, batches, samples, loss_fn, graph, evaluate, maximize, seed, None, example_inputs
+        )
+        small = cut_all(run, stages, example_inputs, form=form, norm=norm)
+    assert run.plan is not None
+    return small, run.plan
