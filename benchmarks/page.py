@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import oracle
+from benchmarks.how_much_page import promise, wrapped
 from secateurs.criteria import CRITERIA as REGISTRY
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -49,6 +50,11 @@ def main() -> None:
     named = [r for r in json.loads((RESULTS / "oracle.json").read_text())["rows"]
              if r["criterion"] in REGISTRY]  # fmt: skip
     parts.append(CRITERIA.format(table=oracle.table(named)))
+    parts.append(
+        wrapped(promise())
+        + "\n\nAll about budgets, allocation and time: [how much to cut, measured]"
+        "(results-how-much.md).\n"
+    )
     parts.append(_machine())
     PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
 

@@ -5,7 +5,7 @@
 
 For each outer resample all data of the task are divided anew: half is the test part (10,000 images
 of Fashion-MNIST), the rest training and validation data, 75 to 25. A dense network is trained on
-the training data and `secateurs.search` looks for the smallest network whose metric drops by at
+the training data and `secateurs.searching` looks for the smallest network whose metric drops by at
 most `max_drop`, with confidence 0.9, in mode "refit": four folds of training and validation data
 train a dense network each. Then the test part is read once: all candidates are pruned from the
 dense network of the training data, and their drops are written down.
@@ -38,14 +38,13 @@ import torch
 from torch import Tensor
 
 from secateurs.errors import PruningError
-from secateurs.pipeline import check_request
-from secateurs.pipeline import cut_stages
+from secateurs.pipeline import check_request, cut_stages
 from secateurs.recipe import Recipe, parse_recipe
 from secateurs.report import environment
 from secateurs.report.assemble import metrics_of
 from secateurs.runner import Problem
-from secateurs.search.evaluation import Judge, prepare
-from secateurs.search.results import Standing, Trial
+from secateurs.searching.evaluation import Judge, prepare
+from secateurs.searching.results import Standing, Trial
 from secateurs.tasks import TASKS, Data, Task, get_task
 from secateurs.tasks.base import CALIBRATION_BATCH, EVALUATION_BATCH, N_CALIBRATION
 from secateurs.tasks.data import Part, stratified_split

@@ -34,7 +34,7 @@ LAYERS = (
     "recipe",
     "runner",
     "ablation",
-    "search",
+    "searching",
     "integrations",
     "cli",
 )

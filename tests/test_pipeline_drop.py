@@ -232,11 +232,18 @@ def test_auto_keeps_twice_what_lost_too_much() -> None:
     assert any("a margin for noise" in note for note in result.report.notes)
 
 
+def test_auto_keeps_a_margin_where_nothing_was_bad() -> None:
+    """Down to a single unit of 64 nothing is lost: two units are twice as large."""
+    result = run(budget="auto", evaluate=by_size(lambda gone: 0.0))
+    assert alive(result.model) == 2
+    assert result.report.steps[-1].rolled_back
+
+
 def test_auto_with_no_room_for_a_margin() -> None:
     """The second step is bad: nothing is twice as large, so the first one it is."""
     result = run(budget="auto", evaluate=by_size(lambda gone: 0.02 * (gone > 0.3)))
     assert [row.rolled_back for row in result.report.steps] == [False, True]
-    assert any("there is no good one 2 times as large" in note for note in result.report.notes)
+    assert any("no room for a margin" in note for note in result.report.notes)
 
 
 def test_progress_never_goes_beyond_its_end() -> None:

@@ -18,13 +18,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from secateurs.allocation import Sensitivity as Sensitivity
     from secateurs.allocation import allocate as allocate
+    from secateurs.allocation import preview as preview
     from secateurs.carrying import carry_optimizer as carry_optimizer
     from secateurs.diagnosis import diagnose as diagnose
     from secateurs.errors import PruningError as PruningError
     from secateurs.finetuning import Finetune as Finetune
     from secateurs.finetuning import finetune as finetune
     from secateurs.graph import trace as trace
+    from secateurs.kth import kth_largest as kth_largest
+    from secateurs.latency import LatencyTable as LatencyTable
+    from secateurs.latency import fit_latency as fit_latency
+    from secateurs.latency import measure_table as measure_table
     from secateurs.masks import apply_masks_ as apply_masks_
     from secateurs.masks import bake_masks_ as bake_masks_
     from secateurs.masks import hold_masks as hold_masks
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from secateurs.pipeline import prune_stages as prune_stages
     from secateurs.report.scores import plot_agreement as plot_agreement
     from secateurs.report.scores import plot_scores as plot_scores
+    from secateurs.report.sensitivity import plot_sensitivity as plot_sensitivity
     from secateurs.schedules import Schedule as Schedule
     from secateurs.scores import agreement as agreement
     from secateurs.scores import combine as combine
@@ -41,7 +48,9 @@ if TYPE_CHECKING:
     from secateurs.scores import save_scores as save_scores
     from secateurs.scores import subset as subset
     from secateurs.scoring import score as score
+    from secateurs.searching import search as search
     from secateurs.selection import select as select
+    from secateurs.sensitivities import sensitivity as sensitivity
     from secateurs.statistics.blocks import obs_update as obs_update
     from secateurs.surgery import load as load
     from secateurs.surgery import save as save
@@ -56,12 +65,18 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "allocate": "allocation",
+    "preview": "allocation",
+    "Sensitivity": "allocation",
     "carry_optimizer": "carrying",
     "diagnose": "diagnosis",
     "PruningError": "errors",
     "Finetune": "finetuning",
     "finetune": "finetuning",
     "trace": "graph",
+    "kth_largest": "kth",
+    "fit_latency": "latency",
+    "LatencyTable": "latency",
+    "measure_table": "latency",
     "apply_masks_": "masks",
     "bake_masks_": "masks",
     "hold_masks": "masks",
@@ -72,13 +87,16 @@ _ROOMS = {
     "Schedule": "schedules",
     "plot_agreement": "report.scores",
     "plot_scores": "report.scores",
+    "plot_sensitivity": "report.sensitivity",
     "agreement": "scores",
     "combine": "scores",
     "load_scores": "scores",
     "save_scores": "scores",
     "subset": "scores",
     "score": "scoring",
+    "search": "searching",
     "select": "selection",
+    "sensitivity": "sensitivities",
     "obs_update": "statistics.blocks",
     "load": "surgery",
     "save": "surgery",

@@ -16,10 +16,10 @@ from secateurs import cli
 from secateurs.cli.search import lines
 from secateurs.errors import ConfigError
 from secateurs.recipe import read_recipe
-from secateurs.search.plan import Snapshot, StudyPlan, open_study
-from secateurs.search.results import Trial
-from secateurs.search.run import plan_of
-from secateurs.search.study import Evaluate, after, study_trials, work
+from secateurs.searching.plan import Snapshot, StudyPlan, open_study
+from secateurs.searching.results import Trial
+from secateurs.searching.run import plan_of
+from secateurs.searching.study import Evaluate, after, study_trials, work
 from tests.cli.signals import hears_ctrl_c
 from tests.search.studies import PATIENCE, until
 
@@ -98,7 +98,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
             work(study, prepare(), stop=after(timeout), progress=progress)
             return study.trials()
 
-    monkeypatch.setattr("secateurs.search.run.run_workers", judge)
+    monkeypatch.setattr("secateurs.searching.run.run_workers", judge)
 
 
 def judged(folder: Path) -> int:
@@ -267,7 +267,7 @@ def test_calls_that_do_not_fit(run: Run, arguments: tuple[str, ...], message: st
 def test_the_fingerprint_is_the_same_on_every_machine(run: Run, tmp_path: Path) -> None:
     """Paths stay as they are written; the number of trials may change."""
     from secateurs.runner import load_problem
-    from secateurs.search.evaluation import prepare
+    from secateurs.searching.evaluation import prepare
 
     def fingerprint(*changes: str) -> dict[str, Any]:
         recipe = read_recipe(tmp_path / "own.yaml", changes)

@@ -138,7 +138,7 @@ def test_the_headline_of_weights_claims_no_fewer_macs() -> None:
         f"{(row.before or 0) / (row.after or 1):.1f}x fewer weights, for validation accuracy"
     )
     assert report.reached["macs"] == 1
-    assert all(step.remaining.keys() == {"units", "params"} for step in report.steps)
+    assert all(step.remaining.keys() == {"units", "params", "bytes"} for step in report.steps)
 
 
 def test_the_headline_of_a_threshold_without_a_metric() -> None:

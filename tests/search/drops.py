@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from secateurs.search.config import Candidate, Search
-from secateurs.search.results import FoldResult, Trial
+from secateurs.searching.config import Candidate, Search
+from secateurs.searching.results import FoldResult, Trial
 
 
 def trial(

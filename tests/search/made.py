@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from secateurs.search.choice import decide, front, judge
-from secateurs.search.config import Candidate, Search
-from secateurs.search.results import Final, FoldResult, SearchResult, Trial
-from secateurs.search.statistics import Design
+from secateurs.searching.choice import decide, front, judge
+from secateurs.searching.config import Candidate, Search
+from secateurs.searching.results import Final, FoldResult, SearchResult, Trial
+from secateurs.searching.statistics import Design
 
 NOISE = (0.0, 0.002, -0.002, 0.001, -0.001)
 COST = {"taylor": 0.0, "magnitude": 0.012}

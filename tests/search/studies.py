@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.errors import BudgetError
-from secateurs.search.config import Candidate, Space
-from secateurs.search.plan import Snapshot, StudyPlan, open_study
-from secateurs.search.results import FoldResult, Trial
-from secateurs.search.study import Evaluate, work
+from secateurs.searching.config import Candidate, Space
+from secateurs.searching.plan import Snapshot, StudyPlan, open_study
+from secateurs.searching.results import FoldResult, Trial
+from secateurs.searching.study import Evaluate, work
 
 SPACE = Space({"budget.macs": [0.5, 0.25, 0.125], "criterion": ["taylor", "magnitude"]})
 FOLDS = 3

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from secateurs.errors import BudgetError
-from secateurs.search.choice import decide, families, front, judge
-from secateurs.search.config import Search
-from secateurs.search.results import Choice, Standing, Trial
-from secateurs.search.statistics import Design, family, floor_of, standing, student_tail
+from secateurs.searching.choice import decide, families, front, judge
+from secateurs.searching.config import Search
+from secateurs.searching.results import Choice, Standing, Trial
+from secateurs.searching.statistics import Design, family, floor_of, standing, student_tail
 from tests.search.drops import asked, trial
 
 T3 = 1.637744  # Student's t with 3 degrees of freedom at 0.9, from a table

@@ -10,7 +10,7 @@ import pytest
 
 from secateurs.errors import ConfigError
 from secateurs.recipe import Recipe, parse_recipe, read_recipe
-from secateurs.search.config import Candidate, Folds, Range, Search, Space
+from secateurs.searching.config import Candidate, Folds, Range, Search, Space
 
 
 def test_a_grid_holds_every_combination_and_the_last_key_changes_fastest() -> None:

@@ -21,11 +21,11 @@ from secateurs.errors import BudgetError, ConfigError, DataError
 from secateurs.finetuning import Finetune
 from secateurs.recipe import Recipe, parse_recipe
 from secateurs.runner import load_problem, run_recipe
-from secateurs.search.config import Candidate
-from secateurs.search.evaluation import Judge, conclude, prepare, with_values
-from secateurs.search.folding import seed_of
-from secateurs.search.holdout import copies, sample_keys
-from secateurs.search.results import SearchResult, Trial
+from secateurs.searching.config import Candidate
+from secateurs.searching.evaluation import Judge, conclude, prepare, with_values
+from secateurs.searching.folding import seed_of
+from secateurs.searching.holdout import copies, sample_keys
+from secateurs.searching.results import SearchResult, Trial
 from secateurs.tasks.training import kept
 from tests.search import project
 

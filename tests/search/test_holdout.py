@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateurs.errors import DataError
-from secateurs.search.holdout import LockedSplit, check_copies, sample_keys
+from secateurs.searching.holdout import LockedSplit, check_copies, sample_keys
 from secateurs.tasks.base import accuracy
 
 BATCHES = [(torch.eye(2), torch.tensor([0, 1])), (torch.ones(1, 2), torch.tensor([0]))]

@@ -12,11 +12,11 @@ import pytest
 
 from secateurs.allocation.curves import Curve
 from secateurs.report.search import Point, _side_by_side, candidates_plot
-from secateurs.search.config import Candidate
-from secateurs.search.importance import effects
-from secateurs.search.page import render_search, search_summary, write_search
-from secateurs.search.results import SearchResult, Standing
-from secateurs.search.telling import drop_words, final_words, headline, untried_words, verdict
+from secateurs.searching.config import Candidate
+from secateurs.searching.importance import effects
+from secateurs.searching.page import render_search, search_summary, write_search
+from secateurs.searching.results import SearchResult, Standing
+from secateurs.searching.telling import drop_words, final_words, headline, untried_words, verdict
 from secateurs.sensitivities import MeasuredSensitivity
 from tests.search.made import made
 

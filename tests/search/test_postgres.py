@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sql
 
-from secateurs.search.plan import open_study
-from secateurs.search.study import study_trials, work
+from secateurs.searching.plan import open_study
+from secateurs.searching.study import after, study_trials, work
 from tests.search.studies import PATIENCE, expected, make_plan, prepare, watch
 from tests.search.test_study import abandoned, kill_two_of_three, race
 
@@ -94,7 +94,7 @@ def test_a_dead_worker_of_a_machine_in_another_time_zone(
         monkeypatch.setenv("PGTZ", "America/Lima")
         with open_study(plan) as near:
             assert near.store.revive(near.study_id) == []
-            work(near, prepare(tmp_path))
+            work(near, prepare(tmp_path), stop=after(PATIENCE))
             assert near.trials() == expected(plan)
     assert watch(plan).running == 0
     assert study_trials(storage, plan.name) == expected(plan)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from secateurs.errors import DataError
-from secateurs.search.config import Folds
-from secateurs.search.splits import Fold, divide, gather
+from secateurs.searching.config import Folds
+from secateurs.searching.splits import Fold, divide, gather
 
 LABELS = np.array([0, 1] * 6 + [0] * 3)
 

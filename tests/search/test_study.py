@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from secateurs.errors import BudgetError, ConfigError
-from secateurs.search import plan as plans
-from secateurs.search.config import Candidate, Range, Space
-from secateurs.search.plan import Snapshot, Study, StudyPlan, open_study
-from secateurs.search.results import FoldResult
-from secateurs.search.samplers import Aim
-from secateurs.search.store import Store, open_store, optuna, storage_url
-from secateurs.search.study import run_study, study_trials, work
+from secateurs.searching import plan as plans
+from secateurs.searching.config import Candidate, Range, Space
+from secateurs.searching.plan import Snapshot, Study, StudyPlan, open_study
+from secateurs.searching.results import FoldResult
+from secateurs.searching.samplers import Aim
+from secateurs.searching.store import Store, open_store, optuna, storage_url
+from secateurs.searching.study import after, run_study, study_trials, work
 from tests.search.studies import (
     FOLDS,
     PATIENCE,
@@ -81,7 +81,7 @@ def test_any_other_error_ends_the_work_and_keeps_what_is_finished(
 
     with pytest.raises(ZeroDivisionError, match="a bug"), open_study(plan) as study:
         work(study, broken)
-    assert watch(plan).folds == 5
+    assert (watch(plan).folds, watch(plan).running) == (5, 0)
     with open_study(plan) as study:
         work(study, prepare(tmp_path))
     assert calls(tmp_path)[1, 2] == 1
@@ -243,7 +243,7 @@ def test_dead_between_two_steps(plan: StudyPlan, tmp_path: Path) -> None:
         for fold in range(FOLDS):
             late.set_user_attr(f"fold {fold}", judged(SPACE.grid()[1], fold).to_dict())
         study.store.record_heartbeat(late._trial_id)
-        work(study, prepare(tmp_path))
+        work(study, prepare(tmp_path), stop=after(PATIENCE))
         assert study.trials() == expected(plan)
         assert len(study.handle.get_trials()) == 6
     assert not [fold for number, fold in calls(tmp_path) if number == 1]
@@ -266,7 +266,7 @@ def test_dead_while_it_revives_another(
             patched.setattr(Store, "put_back", die)
             with pytest.raises(Killed):
                 until(lambda: bool(study.store.revive(study.study_id)))
-        work(study, prepare(tmp_path))
+        work(study, prepare(tmp_path), stop=after(PATIENCE))
         assert study.trials() == expected(plan)
 
 
@@ -300,6 +300,30 @@ def test_what_is_too_much_waits_and_is_not_lost(plan: StudyPlan, tmp_path: Path)
         work(study, prepare(tmp_path))
         assert [t.candidate for t in study.trials()][:3] == space.sampled(3, 0)
         assert len(study.handle.get_trials()) == 4
+
+
+def test_a_number_beyond_the_list_is_not_judged(
+    plan: StudyPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker took the last candidate between the look and the question."""
+    with open_study(plan) as study:
+        work(study, prepare(tmp_path))
+        looks = iter([[], study.frozen()])
+        monkeypatch.setattr(Study, "frozen", lambda self: next(looks))
+        work(study, prepare(tmp_path))
+    monkeypatch.undo()
+    with open_study(plan) as study:
+        assert [t.state.name for t in study.handle.get_trials()][6:] == ["WAITING"]
+        assert study.trials() == expected(plan)
+    assert set(calls(tmp_path).values()) == {1}
+
+
+def test_who_takes_a_revived_trial_is_not_silent_yet(plan: StudyPlan) -> None:
+    with open_study(replace(plan, grace=1)) as study:
+        study.store.record_heartbeat(abandoned(study)._trial_id)
+        until(lambda: bool(study.store.revive(study.study_id)))
+        assert abandoned(study).number == 0
+        assert study.store.revive(study.study_id) == []
 
 
 # --- kill -9 --------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from secateurs.errors import ConfigError, PruningError
-from secateurs.search import workers
-from secateurs.search.config import Candidate
-from secateurs.search.plan import Snapshot, StudyPlan, open_study
-from secateurs.search.results import FoldResult
-from secateurs.search.study import Evaluate, work
-from secateurs.search.workers import run_workers
+from secateurs.searching import workers
+from secateurs.searching.config import Candidate
+from secateurs.searching.plan import Snapshot, StudyPlan, open_study
+from secateurs.searching.results import FoldResult
+from secateurs.searching.study import Evaluate, work
+from secateurs.searching.workers import run_workers
 from tests.cli.signals import hears_ctrl_c
 from tests.search.studies import (
     PATIENCE,
@@ -117,7 +117,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from tests.search.studies import make_plan, prepare
-from secateurs.search.workers import run_workers
+from secateurs.searching.workers import run_workers
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

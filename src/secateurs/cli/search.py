@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from secateurs.recipe import Recipe
-    from secateurs.search.plan import Snapshot
-    from secateurs.search.results import SearchResult
-    from secateurs.search.run import Watch
+    from secateurs.searching.plan import Snapshot
+    from secateurs.searching.results import SearchResult
+    from secateurs.searching.run import Watch
 
 __all__ = ["search"]
 
@@ -62,8 +62,8 @@ def search(
     from secateurs.errors import ConfigError
     from secateurs.recipe import read_recipe
     from secateurs.report import check_available
-    from secateurs.search.run import check_search
-    from secateurs.search.run import search as run_search
+    from secateurs.searching.run import check_search
+    from secateurs.searching.run import search as run_search
 
     changes = (*set_, *([f"search.trials={trials}"] if trials is not None else []))
     parsed, base = read_recipe(recipe, changes), recipe.parent
@@ -173,8 +173,8 @@ def _time(seconds: float) -> str:
 def describe(recipe: Recipe, base: Path, where: Path, as_json: bool) -> str:
     """The dry run: what would be judged, on what."""
     from secateurs.runner import load_problem
-    from secateurs.search.evaluation import prepare
-    from secateurs.search.samplers import fixed_candidates
+    from secateurs.searching.evaluation import prepare
+    from secateurs.searching.samplers import fixed_candidates
 
     anchored = recipe.anchored(base)
     judge = prepare(anchored, load_problem(anchored, base, train=False), base)
@@ -202,7 +202,7 @@ def describe(recipe: Recipe, base: Path, where: Path, as_json: bool) -> str:
 
 def _print(found: SearchResult) -> None:
     from secateurs.cli.output import stdout
-    from secateurs.search import telling
+    from secateurs.searching import telling
 
     console = stdout()
 
@@ -222,7 +222,7 @@ def _table(found: SearchResult) -> Table:
     """One line for each candidate, the interesting ones if there are too many."""
     from rich.table import Table
 
-    from secateurs.search import telling
+    from secateurs.searching import telling
 
     rows = list(found.standings)
     if len(rows) > SHOWN:

@@ -34,7 +34,7 @@ def descend(
 
     Args:
         margin: above 1, the smallest good model that is at least that many times as large as the
-            first one that lost too much, and no finer steps unless nothing was good before it.
+            smallest that was tried, and no finer steps unless nothing was good.
 
     Raises:
         BudgetError: no step is good, or the sizes that are asked for as well cannot be reached.
@@ -152,25 +152,26 @@ class _Descent:
         return True
 
     def step_back(self, margin: float) -> bool:
-        """Go back to the smallest good model with a margin above the first that was bad.
+        """Go back to the smallest good model with a margin above the smallest that was tried.
+
+        That one lost too much, or nobody knows how far it is from one that does.
 
         Returns:
             Whether there is a good model.
         """
-        if self.bad_counts is None or not self.trail:
-            return bool(self.trail)
+        if not self.trail:
+            return False
         quantity = self.stage.smallest_in
-        wanted = margin * self.bad_counts.realised[quantity]
         sizes = [point.counts.realised[quantity] for point in self.trail if point.counts]
-        far = [point for point, size in zip(self.trail, sizes, strict=True) if size >= wanted]
+        tried = sizes[-1] if self.bad_counts is None else self.bad_counts.realised[quantity]
+        far = [p for p, size in zip(self.trail, sizes, strict=True) if size >= margin * tried]
         point = far[-1] if far else self.trail[0]
         self.run.notes.append(
             f"a margin for noise: the model is the smallest good one with at least {margin:g} times"
-            f" the {quantity} of the first that lost too much"
+            f" the {quantity} of the smallest that was tried ({quantity}={tried:.4g})"
             if far
-            else f"the first model that lost too much has {quantity}="
-            f"{self.bad_counts.realised[quantity]:.4g}, so there is no good one {margin:g} times "
-            "as large: the model is the largest cut one"
+            else f"no room for a margin: {quantity}={tried:.4g} lost too much, and no good model is"
+            f" {margin:g} times as large; it is the largest that was cut"
         )
         if point is not self.point:
             self.run.undo(point)

@@ -13,7 +13,7 @@ __all__ = ["AUTO_DROP", "AUTO_MARGIN", "check_budget", "resolve_budget"]
 AUTO_DROP = 0.01
 """Of `budget="auto"`: how much of its dense value the main metric may lose."""
 AUTO_MARGIN = 2.0
-"""Of `budget="auto"`: how many times the size of the first model that lost more is kept."""
+"""Of `budget="auto"`: how many times the size of the smallest model that was tried is kept."""
 
 
 def check_budget(stage: Stage, has_metric: bool) -> None:
@@ -39,9 +39,10 @@ def check_budget(stage: Stage, has_metric: bool) -> None:
 def resolve_budget(stage: Stage, dense_metric: float | None) -> Stage:
     """The stage with a budget in figures.
 
-    "auto" goes down until the main metric has lost more than 1 % of its dense value, and back to
-    the smallest good model of at least twice that size: the metric is one noisy measurement, and
-    the smallest model that happens to pass is the one that noise favours most.
+    "auto" goes down until the main metric has lost more than 1 % of its dense value (or nothing is
+    left to remove), and back to the smallest good model of at least twice that size: the metric is
+    one noisy measurement, and the smallest model that happens to pass is the one that noise
+    favours most.
 
     Args:
         stage: checked by `check_budget`.

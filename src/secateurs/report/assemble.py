@@ -156,9 +156,9 @@ def assemble(run: Outcome) -> Report:
 def remaining_of(graph: Graph, counts: Counts) -> dict[str, float | None]:
     """What remains of the dense model after a step.
 
-    Without MACs where single weights were removed: a dense runtime multiplies by their zeros.
+    Without MACs where only single weights were removed: a dense runtime multiplies by their zeros.
     """
-    sparse = any(isinstance(graph.targets[name], WeightTarget) for name in counts.kept)
+    sparse = all(isinstance(graph.targets[name], WeightTarget) for name in counts.kept)
     return {k: v for k, v in counts.realised.items() if not (sparse and k == "macs")}
 
 

@@ -27,9 +27,9 @@ from threading import Thread
 from types import FrameType
 
 from secateurs.errors import PruningError
-from secateurs.search.plan import Study, StudyPlan, open_study
-from secateurs.search.results import Trial
-from secateurs.search.study import Evaluate, Watch, after, work
+from secateurs.searching.plan import Study, StudyPlan, open_study
+from secateurs.searching.results import Trial
+from secateurs.searching.study import Evaluate, Watch, after, work
 
 __all__ = ["Prepare", "run_workers"]
 

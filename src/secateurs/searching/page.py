@@ -16,8 +16,8 @@ import yaml
 from secateurs.report import words
 from secateurs.report.data import plain
 from secateurs.report.html import check_available, page_engine
-from secateurs.search import telling
-from secateurs.search.results import SearchResult, Standing
+from secateurs.searching import telling
+from secateurs.searching.results import SearchResult, Standing
 from secateurs.sensitivities import MeasuredSensitivity
 
 __all__ = ["render_search", "search_summary", "write_search"]

@@ -23,9 +23,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from secateurs.search.config import Search
-from secateurs.search.results import Choice, Standing, Trial
-from secateurs.search.statistics import Design, family, standing
+from secateurs.searching.config import Search
+from secateurs.searching.results import Choice, Standing, Trial
+from secateurs.searching.statistics import Design, family, standing
 
 __all__ = ["decide", "families", "front", "judge"]
 

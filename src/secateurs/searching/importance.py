@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateurs.search.results import Standing
+from secateurs.searching.results import Standing
 
 __all__ = ["Effect", "effects"]
 
@@ -40,7 +40,7 @@ def effects(standings: Sequence[Standing]) -> list[Effect]:
     were drawn at random, few candidates can make one look important by chance.
 
     Example:
-        >>> from secateurs.search.results import Candidate
+        >>> from secateurs.searching.results import Candidate
         >>> rows = [Standing(Candidate(i, {"a": a, "b": b}), drop=d) for i, (a, b, d) in
         ...         enumerate([(1, "x", 0.0), (1, "y", 0.0), (2, "x", 0.4), (2, "y", 0.4)])]
         >>> [(e.key, e.share) for e in effects(rows)]

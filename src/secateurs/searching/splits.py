@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from secateurs.batches import iterate
 from secateurs.errors import DataError, MissingDependencyError
-from secateurs.search.config import Folds
-from secateurs.search.holdout import sample_keys
+from secateurs.searching.config import Folds
+from secateurs.searching.holdout import sample_keys
 from secateurs.types import Batch, Batches, IntArray
 
 __all__ = ["Fold", "Samples", "divide", "gather"]

@@ -17,12 +17,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateurs.search.evaluation import conclude as conclude
-    from secateurs.search.evaluation import prepare as prepare
-    from secateurs.search.results import SearchResult as SearchResult
-    from secateurs.search.run import search as search
-    from secateurs.search.study import run_study as run_study
-    from secateurs.search.study import study_trials as study_trials
+    from secateurs.searching.evaluation import conclude as conclude
+    from secateurs.searching.evaluation import prepare as prepare
+    from secateurs.searching.results import SearchResult as SearchResult
+    from secateurs.searching.run import search as search
+    from secateurs.searching.study import run_study as run_study
+    from secateurs.searching.study import study_trials as study_trials
 
 _PLACES = {
     "SearchResult": "results",

@@ -29,11 +29,11 @@ from secateurs.recipe import Recipe, parse_recipe
 from secateurs.report.assemble import metrics_of, stored_bytes
 from secateurs.report.gather import environment
 from secateurs.runner import Problem, run_recipe
-from secateurs.search.choice import decide, front, judge
-from secateurs.search.config import Candidate, Search
-from secateurs.search.folding import Ground, Part, lay, seed_of
-from secateurs.search.results import Final, FoldResult, SearchResult, Trial
-from secateurs.search.statistics import Design
+from secateurs.searching.choice import decide, front, judge
+from secateurs.searching.config import Candidate, Search
+from secateurs.searching.folding import Ground, Part, lay, seed_of
+from secateurs.searching.results import Final, FoldResult, SearchResult, Trial
+from secateurs.searching.statistics import Design
 from secateurs.surgery.shrinking import slice_masks
 from secateurs.types import Batches, Budget, Plan
 

@@ -26,15 +26,15 @@ from secateurs.errors import ConfigError
 from secateurs.pipeline import PruneResult
 from secateurs.recipe import Recipe
 from secateurs.runner import RESULTS, Problem, check_output, load_problem, write_results
-from secateurs.search.config import Candidate, Search
-from secateurs.search.evaluation import Judge, conclude, prepare
-from secateurs.search.page import write_search
-from secateurs.search.plan import Snapshot, StudyPlan, delete_study, open_study
-from secateurs.search.results import FoldResult, SearchResult, Trial
-from secateurs.search.samplers import ADAPTIVE, Aim
-from secateurs.search.statistics import Design, standing
-from secateurs.search.study import Evaluate, after, work
-from secateurs.search.workers import run_workers
+from secateurs.searching.config import Candidate, Search
+from secateurs.searching.evaluation import Judge, conclude, prepare
+from secateurs.searching.page import write_search
+from secateurs.searching.plan import Snapshot, StudyPlan, delete_study, open_study
+from secateurs.searching.results import FoldResult, SearchResult, Trial
+from secateurs.searching.samplers import ADAPTIVE, Aim
+from secateurs.searching.statistics import Design, standing
+from secateurs.searching.study import Evaluate, after, work
+from secateurs.searching.workers import run_workers
 
 __all__ = ["RESULT", "Watch", "check_search", "plan_of", "search"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateurs.search.results import FoldResult, Standing, Trial
+from secateurs.searching.results import FoldResult, Standing, Trial
 
 __all__ = ["Design", "family", "floor_of", "standing", "student_tail", "student_quantile"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from secateurs.report.words import number, quantity, remaining_words, sentence, shorten
-from secateurs.search.importance import Effect, effects
-from secateurs.search.results import SearchResult, Standing, Trial
+from secateurs.searching.importance import Effect, effects
+from secateurs.searching.results import SearchResult, Standing, Trial
 
 __all__ = [
     "bounded",

@@ -28,9 +28,9 @@ from secateurs.imports import import_function
 from secateurs.pipeline.request import random_state
 from secateurs.recipe import Recipe
 from secateurs.runner import Problem
-from secateurs.search.config import Folds, Search
-from secateurs.search.holdout import LockedSplit, check_copies, copies, sample_keys
-from secateurs.search.splits import Fold, Samples, divide, gather
+from secateurs.searching.config import Folds, Search
+from secateurs.searching.holdout import LockedSplit, check_copies, copies, sample_keys
+from secateurs.searching.splits import Fold, Samples, divide, gather
 from secateurs.surgery.verification import copied
 from secateurs.tasks import Data, get_task
 from secateurs.tasks.base import CALIBRATION_BATCH, N_CALIBRATION

@@ -26,8 +26,8 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from secateurs.search.config import Candidate, Range, Space
-from secateurs.search.results import FoldResult
+from secateurs.searching.config import Candidate, Range, Space
+from secateurs.searching.results import FoldResult
 
 __all__ = [
     "ADAPTIVE",

@@ -20,8 +20,8 @@ from threading import Event, Thread
 from typing import Any
 
 from secateurs.errors import ConfigError, PruningError
-from secateurs.search.config import Candidate, Space
-from secateurs.search.plan import (
+from secateurs.searching.config import Candidate, Space
+from secateurs.searching.plan import (
     FINISHED,
     FOLD,
     PROBLEM,
@@ -34,9 +34,9 @@ from secateurs.search.plan import (
     open_study,
     read_trial,
 )
-from secateurs.search.results import FoldResult, Trial
-from secateurs.search.samplers import Aim, mean_metric, suggest, suggested
-from secateurs.search.store import (
+from secateurs.searching.results import FoldResult, Trial
+from secateurs.searching.samplers import Aim, mean_metric, suggest, suggested
+from secateurs.searching.store import (
     StorageInternalError,
     Store,
     TrialState,

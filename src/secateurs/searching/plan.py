@@ -15,10 +15,10 @@ from functools import cached_property
 from typing import Any
 
 from secateurs.errors import ConfigError
-from secateurs.search.config import Candidate, Space
-from secateurs.search.results import FoldResult, Trial
-from secateurs.search.samplers import ADAPTIVE, Aim, fixed_candidates, make_sampler
-from secateurs.search.store import FrozenTrial, Store, TrialState, open_store, optuna
+from secateurs.searching.config import Candidate, Space
+from secateurs.searching.results import FoldResult, Trial
+from secateurs.searching.samplers import ADAPTIVE, Aim, fixed_candidates, make_sampler
+from secateurs.searching.store import FrozenTrial, Store, TrialState, open_store, optuna
 
 __all__ = [
     "Snapshot",

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from secateurs.errors import BudgetError
-from secateurs.search.config import Candidate
+from secateurs.searching.config import Candidate
 
 __all__ = ["Candidate", "Choice", "Final", "FoldResult", "SearchResult", "Standing", "Trial"]
 
