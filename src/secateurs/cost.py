@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from secateurs.errors import ConfigError, choose
-from secateurs.types import CostTerm, Graph, IntArray, WeightTarget
+from secateurs.types import CostDim, CostTerm, Graph, IntArray, WeightTarget
 
 __all__ = [
     "BoolArray",
@@ -30,6 +30,7 @@ __all__ = [
     "cost_of",
     "cost_of_kept",
     "dense_cost",
+    "without",
     "packed_bytes",
 ]
 
@@ -190,6 +191,28 @@ def _weights_left(graph: Graph, target: WeightTarget, kept: Mapping[str, BoolArr
                 gone = member.index[~kept[group.name][member.unit]]
                 mask[(slice(None),) * member.dim + (gone,)] = False
     return int(mask.sum())
+
+
+def without(graph: Graph, removed: Mapping[str, IntArray]) -> Graph:
+    """The same graph with the costs of what these structural units leave.
+
+    Args:
+        graph: dense.
+        removed: group target -> its removed units; it no longer takes part in any cost.
+
+    Example:
+        >>> from secateurs.types import CostDim, CostTerm
+        >>> weight = CostTerm("fc.weight", (CostDim(4, {"a": np.array([1, 3])}), CostDim(5)))
+        >>> dense_cost(without(Graph({}, costs=(weight,)), {"a": np.array([1])})).params
+        5
+    """
+
+    def left(dim: CostDim) -> CostDim:
+        gone = sum(int(owned[removed[t]].sum()) for t, owned in dim.owned.items() if t in removed)
+        return CostDim(dim.size - gone, {t: o for t, o in dim.owned.items() if t not in removed})
+
+    terms = tuple(replace(t, dims=tuple(map(left, t.dims))) for t in graph.costs)
+    return replace(graph, costs=terms)
 
 
 Stored = Literal["exact", "at_least", "at_most"]

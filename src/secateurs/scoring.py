@@ -30,7 +30,7 @@ from secateurs.scores import combine
 from secateurs.statistics import Job, Pass, Run, Setting, Sums, check_fits, make_job
 from secateurs.statistics.losses import loss_note
 from secateurs.statistics.partial import fingerprint, read_partial, write_partial
-from secateurs.types import Batch, Batches, Graph, LossFn, Plan, Scores, Target, WeightTarget
+from secateurs.types import Batch, Batches, Graph, LossFn, Plan, Scores, Target
 
 __all__ = ["score"]
 
@@ -338,16 +338,9 @@ def _differentiable_kernels(model: nn.Module) -> ExitStack:
 
 def _alive(targets: Sequence[Target], previous: Plan | None) -> dict[str, Tensor]:
     """Target name -> (n,) int64 units that were not removed earlier."""
-    alive = {}
-    for target in targets:
-        keep = torch.ones(target.n_units, dtype=torch.bool)
-        if previous is not None:
-            if target.name in previous.removed:
-                keep[previous.removed[target.name]] = False
-            if isinstance(target, WeightTarget) and target.name in previous.masks:
-                keep &= previous.masks[target.name].reshape(-1)
-        alive[target.name] = keep.nonzero().reshape(-1)
-    return alive
+    if previous is None:
+        return {target.name: torch.arange(target.n_units) for target in targets}
+    return {t.name: (~previous.gone(t)).nonzero().reshape(-1) for t in targets}
 
 
 def _scores(

@@ -293,6 +293,21 @@ class Plan:
         """Units removed in all."""
         return sum(len(v) for v in self.removed.values())
 
+    def gone(self, target: Target) -> Tensor:
+        """(n_units,) bool, True for units of a target that are removed.
+
+        Weights go by themselves, with the rows and columns of removed units, and with whole layers.
+        """
+        lost = torch.zeros(target.n_units, dtype=torch.bool)
+        if target.name in self.removed:
+            lost[self.removed[target.name]] = True
+        if isinstance(target, WeightTarget):
+            if target.name in self.masks:
+                lost |= ~self.masks[target.name].reshape(-1)
+            if any(target.name in tensors for tensors in self.layers.values()):
+                lost[:] = True
+        return lost
+
     @property
     def structural(self) -> bool:
         """Whether something is physically removed (else only masked)."""

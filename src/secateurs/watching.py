@@ -24,7 +24,7 @@ from secateurs.statistics.ablation import same_name
 from secateurs.statistics.gradients import finite_gradient
 from secateurs.statistics.jobs import element_scores, member_places
 from secateurs.statistics.window import FOLDS, full_precision
-from secateurs.types import Graph, Plan, Scores, Target, WeightTarget
+from secateurs.types import Graph, Plan, Scores, Target
 
 __all__ = ["Watching", "watch"]
 
@@ -270,10 +270,6 @@ def _windowed(c: Criterion) -> Criterion:
 
 def _gone(target: Target, previous: Plan | None) -> Tensor:
     """(n_units,) True for units that were removed earlier."""
-    gone = torch.zeros(target.n_units, dtype=torch.bool)
-    if previous is not None:
-        if target.name in previous.removed:
-            gone[previous.removed[target.name]] = True
-        if isinstance(target, WeightTarget) and target.name in previous.masks:
-            gone |= ~previous.masks[target.name].reshape(-1)
-    return gone
+    if previous is None:
+        return torch.zeros(target.n_units, dtype=torch.bool)
+    return previous.gone(target)

@@ -17,7 +17,7 @@ from secateurs.allocation.scales import allocate_scales, mixes_scales
 from secateurs.allocation.spending import dense_sizes, spend
 from secateurs.allocation.thresholds import Line
 from secateurs.errors import BudgetError, ConfigError, choose
-from secateurs.types import Budget, Counts, Scores, Threshold, WeightTarget
+from secateurs.types import Budget, Counts, Plan, Scores, Threshold, WeightTarget
 
 __all__ = ["allocate", "preview"]
 
@@ -40,6 +40,7 @@ def allocate(
     sensitivity: Sensitivity | None = None,
     latency: Latency | None = None,
     sample: int | None = None,
+    previous: Plan | None = None,
 ) -> Counts:
     """Units that each target keeps.
 
@@ -80,6 +81,8 @@ def allocate(
             params. Totals stay exact, but how they are spread over the targets is an estimate: the
             fraction f that the cut leaves has a standard error of sqrt(f (1 - f) / sample) before
             the total is put right. The result says so in `notes`.
+        previous: what earlier cuts removed, as in `score` and `select`: structural units of targets
+            that are not scored now cost nothing any more.
 
     Returns:
         `Counts` with what they leave of the dense model, and the predicted latency.
@@ -109,7 +112,7 @@ def allocate(
             scores, asked, min_keep=min_keep, round_to=round_to, homogeneous=homogeneous
         )
     notes = () if sample is None else (_check_sample(scores, asked, method, sample),)
-    frame = make_frame(scores, min_keep, round_to, homogeneous)
+    frame = make_frame(scores, min_keep, round_to, homogeneous, previous)
     if isinstance(asked, Threshold):
         decided, cuts = _cut(frame, asked, null_lines(scores, asked, null))
     elif null:

@@ -13,11 +13,11 @@ from torch import Tensor
 from secateurs.allocation.demand import OnDemand
 from secateurs.allocation.problem import Allocation, FloatArray
 from secateurs.allocation.rounding import Rounding, RoundTo, check_round_to, roundings
-from secateurs.cost import CostCurve
+from secateurs.cost import CostCurve, without
 from secateurs.errors import BudgetError, ConfigError, ScoringError
 from secateurs.kth import count_left, kth_largest
 from secateurs.selection import order_of
-from secateurs.types import Graph, IntArray, Scores, WeightTarget
+from secateurs.types import Graph, GroupTarget, IntArray, Plan, Scores, WeightTarget
 
 __all__ = ["Frame", "check_options", "make_frame", "same_place"]
 
@@ -99,13 +99,33 @@ def check_options(min_keep: int, round_to: RoundTo, homogeneous: bool) -> None:
         raise ConfigError(f"homogeneous must be True or False, got {homogeneous!r}")
 
 
-def make_frame(scores: Scores, min_keep: int, round_to: RoundTo, homogeneous: bool) -> Frame:
+def make_frame(
+    scores: Scores,
+    min_keep: int,
+    round_to: RoundTo,
+    homogeneous: bool,
+    previous: Plan | None = None,
+) -> Frame:
+    """The frame of an allocation.
+
+    Args:
+        scores, min_keep, round_to, homogeneous, previous: as in `allocate`.
+
+    Raises:
+        ConfigError: an option out of range, or no scores.
+        ScoringError: a score is not a number.
+        BudgetError: a target has nothing left.
+    """
     check_options(min_keep, round_to, homogeneous)
     graph = scores.graph
     if not scores.values:
         raise ConfigError("there are no scores to allocate")
     lines = {n: scores.values[n].reshape(-1) for n in graph.targets if n in scores.values}
     left = {name: _left(name, line) for name, line in lines.items()}
+    for name in [n for n, units in left.items() if not units]:
+        if previous is None or not isinstance(graph.targets[name], WeightTarget):
+            raise BudgetError(f"{name} has no unit left; start from a plan that keeps some")
+        del lines[name], left[name]  # it went with its layer
     classes = same_place(graph, lines) if homogeneous else {name: (name,) for name in lines}
     rounding = roundings(round_to, graph, lines)
     high = {name: min(left[t] for t in members) for name, members in classes.items()}
@@ -113,19 +133,26 @@ def make_frame(scores: Scores, min_keep: int, round_to: RoundTo, homogeneous: bo
     structure = {name for name in lines if not isinstance(graph.targets[name], WeightTarget)}
     orders: OnDemand[IntArray] = OnDemand(lines, lambda n: order_of(lines[n]).numpy(), structure)
     best_first = OnDemand(lines, lambda n: _best_first(lines[n]), structure)
-    curve = CostCurve(graph, orders)
+    gone = {} if previous is None else _gone(graph, previous, lines)
+    curve = CostCurve(without(graph, gone), orders)
     return Frame(graph, lines, orders, best_first, classes, rounding, low, high, curve)
 
 
+def _gone(graph: Graph, previous: Plan, scored: Mapping[str, Tensor]) -> dict[str, IntArray]:
+    """Structural units that an earlier cut removed from targets that are not scored now."""
+    return {
+        name: units.numpy()
+        for name, units in previous.removed.items()
+        if name not in scored and isinstance(graph.targets.get(name), GroupTarget)
+    }
+
+
 def _left(name: str, line: Tensor) -> int:
-    """How many units are left; checked to be scored and not to be none."""
+    """How many units are left; checked to be scored."""
     best = torch.amax(line) if len(line) else torch.zeros(())  # nan if any is
     if bool(best.isnan()) or best == float("inf"):
         raise ScoringError(f"{name}: a score is nan or inf; score the target again")
-    left = count_left(name, line)
-    if not left:
-        raise BudgetError(f"{name} has no unit left; start from a plan that keeps some")
-    return left
+    return count_left(name, line)
 
 
 def _best_first(line: Tensor) -> FloatArray:

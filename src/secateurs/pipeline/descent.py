@@ -57,7 +57,9 @@ def descend(
 def unchanged(stage: Stage, ranking: Ranking, point: Point) -> Counts:
     """Counts of a point from which a stage has removed nothing: all that is left."""
     scores = ranking.without(point.plan).scores
-    return allocate(scores, Budget(units=1.0), min_keep=stage.min_keep, round_to=1)
+    return allocate(
+        scores, Budget(units=1.0), min_keep=stage.min_keep, round_to=1, previous=point.plan
+    )
 
 
 class _Descent:
@@ -114,7 +116,9 @@ class _Descent:
 
     def least(self) -> float:
         """What remains when every target keeps its fewest units, by the present ranking."""
-        return self.stage.fewest(self.ranking().scores).realised[self.stage.smallest_in]
+        return self.stage.fewest(self.ranking().scores, self.point.plan).realised[
+            self.stage.smallest_in
+        ]
 
     def ranking(self) -> Ranking:
         """Of what the last good model has left."""

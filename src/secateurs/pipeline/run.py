@@ -33,7 +33,6 @@ from secateurs.types import (
     Plan,
     Scores,
     Threshold,
-    WeightTarget,
 )
 
 __all__ = ["Point", "Ranking", "Run"]
@@ -55,13 +54,13 @@ class Ranking:
 
 def _left(scores: Scores, plan: Plan | None) -> Scores:
     """Scores with -inf for what is removed."""
-    values = {name: line.clone() for name, line in scores.values.items()}
-    for name, line in values.items() if plan is not None else ():
-        assert plan is not None
-        if name in plan.removed:
-            line[plan.removed[name]] = float("-inf")
-        if isinstance(scores.graph.targets[name], WeightTarget) and name in plan.masks:
-            line[~plan.masks[name].reshape(-1)] = float("-inf")
+    if plan is None:
+        return scores
+    targets = scores.graph.targets
+    values = {
+        name: line.masked_fill(plan.gone(targets[name]), float("-inf"))
+        for name, line in scores.values.items()
+    }
     return replace(scores, values=values)
 
 
@@ -190,7 +189,12 @@ class Run:
 
         def counts(asked: Budget | Threshold, stage: Stage = stage) -> Counts:
             return stage.allocated(
-                ranking.scores, asked, ranking.null, sensitivity=curves, latency=self.table
+                ranking.scores,
+                asked,
+                ranking.null,
+                sensitivity=curves,
+                latency=self.table,
+                previous=self.plan,
             )
 
         whole = stage.budget.latency_ms if isinstance(stage.budget, Budget) else None
@@ -208,7 +212,7 @@ class Run:
                 raise
             self.met = False
             self.notes.append(f"the budget was missed, which was allowed: {error}")
-            return replace(stage.fewest(ranking.scores), asked=asked)
+            return replace(stage.fewest(ranking.scores, self.plan), asked=asked)
         self.notes.append(f"latency: {fit.text()}")
         return fit.counts
 

@@ -16,7 +16,7 @@ from secateurs.errors import BudgetError, ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.latency import LatencyTable
 from secateurs.schedules import Schedule
-from secateurs.types import Budget, Counts, Graph, Scores, Threshold, expand_granularity
+from secateurs.types import Budget, Counts, Graph, Plan, Scores, Threshold, expand_granularity
 
 __all__ = ["FINER", "TRIES", "Stage"]
 
@@ -236,6 +236,7 @@ class Stage:
         *,
         sensitivity: Sensitivity | None = None,
         latency: LatencyTable | None = None,
+        previous: Plan | None = None,
     ) -> Counts:
         """Counts of a step, by the options of the stage; keywords as in `allocate`.
 
@@ -246,28 +247,30 @@ class Stage:
             return allocate(
                 scores, asked, method=self.allocation, min_keep=self.min_keep,
                 round_to=self.round_to, homogeneous=self.homogeneous, null=null,
-                sensitivity=sensitivity, latency=latency,
+                sensitivity=sensitivity, latency=latency, previous=previous,
             )  # fmt: skip
         except BudgetError:
             if not self.allow_missed or isinstance(asked, Threshold):
                 raise
-        return replace(self.fewest(scores), asked=asked)
+        return replace(self.fewest(scores, previous), asked=asked)
 
-    def fewest(self, scores: Scores) -> Counts:
+    def fewest(self, scores: Scores, previous: Plan | None = None) -> Counts:
         """Counts when every target keeps as few units as it may."""
-        frame = make_frame(scores, self.min_keep, self.round_to, self.homogeneous)
+        frame = make_frame(scores, self.min_keep, self.round_to, self.homogeneous, previous)
         least = sum(frame.expand(frame.low).values())
         return allocate(
             scores, Budget(units=least), min_keep=self.min_keep, round_to=self.round_to,
-            homogeneous=self.homogeneous,
+            homogeneous=self.homogeneous, previous=previous,
         )  # fmt: skip
 
-    def missed(self, scores: Scores) -> str:
+    def missed(self, scores: Scores, previous: Plan | None) -> str:
         """Why the budget cannot be reached from these scores; empty when it can."""
         if not isinstance(self.budget, Budget) or not self.budget.sizes:
             return ""
         try:
-            replace(self, allow_missed=False).allocated(scores, Budget(**self.budget.sizes))
+            replace(self, allow_missed=False).allocated(
+                scores, Budget(**self.budget.sizes), previous=previous
+            )
         except BudgetError as error:
             return str(error)
         return ""

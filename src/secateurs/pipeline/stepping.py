@@ -57,7 +57,7 @@ def cut_stage(run: Run, number: int, stage: Stage) -> None:
         ranking, counts = _within(run, stage, samples)
     else:
         ranking, counts = _rounds(run, stage, samples)
-    if why := stage.missed(ranking.scores) if stage.allow_missed else "":
+    if why := stage.missed(ranking.scores, run.plan) if stage.allow_missed else "":
         run.met = False
         run.notes.append(f"stage {number}: the budget was missed, which was allowed: {why}")
     counts = replace(counts, asked=stage.asked)

@@ -54,7 +54,7 @@ def drop_words(result: SearchResult, value: float | None) -> str:
     """A drop in points of a hundred where the metric is a share of samples, else as it is."""
     if value is None:
         return "not available"
-    text = number(float(f"{scale(result) * value:.2g}") + 0.0)
+    text = number(float(f"{round(scale(result) * value, 12):.2g}") + 0.0)  # 0, not 1e-16
     if not _is_share(result):
         return text
     return f"{text} point{'' if text in ('1', MINUS + '1') else 's'}"
@@ -326,7 +326,7 @@ def _value(value: Any) -> str:
 def fold_words(result: SearchResult, trial: Trial) -> str:
     """The drop of every fold: "0.2, 0.4, 0.1"."""
     factor = scale(result) * (1 if result.maximize else -1)
-    drops = [factor * (f.dense - f.metric) for f in trial.folds]
+    drops = [round(factor * (f.dense - f.metric), 12) for f in trial.folds]
     return ", ".join(number(float(f"{d:.2g}") + 0.0) for d in drops)
 
 
