@@ -22,10 +22,11 @@ import torch
 
 from secateurs.ablation.plan import own_files, versions
 from secateurs.bars import Progress
-from secateurs.errors import ConfigError
+from secateurs.errors import ConfigError, PruningError
 from secateurs.pipeline import PruneResult
 from secateurs.recipe import Recipe
 from secateurs.runner import RESULTS, Problem, check_output, load_problem, write_results
+from secateurs.scoring import score
 from secateurs.searching.config import Candidate, Search
 from secateurs.searching.evaluation import Judge, conclude, prepare
 from secateurs.searching.page import write_search
@@ -35,6 +36,7 @@ from secateurs.searching.samplers import ADAPTIVE, Aim
 from secateurs.searching.statistics import Design, standing
 from secateurs.searching.study import Evaluate, after, work
 from secateurs.searching.workers import run_workers
+from secateurs.sensitivities import MeasuredSensitivity, sensitivity
 
 __all__ = ["RESULT", "Watch", "check_search", "plan_of", "search"]
 
@@ -117,8 +119,9 @@ def search(
         notes = (*notes, f"the chosen network is made by {mine}, which reads the test split")
     seconds = round(time.perf_counter() - began, 1)
     environment = {**result.environment, "workers": max(1, workers), "search_seconds": seconds}
-    result = replace(result, notes=(*result.notes, *notes), environment=environment)
-    _write(judge, result, pruned, out)
+    curves, why = _curves(judge, result, pruned, out, progress)
+    result = replace(result, notes=(*result.notes, *notes, *why), environment=environment)
+    _write(judge, result, pruned, curves, out)
     return result
 
 
@@ -325,7 +328,13 @@ def _read_before(plan: StudyPlan, result: SearchResult) -> tuple[str, ...]:
             "than once",)  # fmt: skip
 
 
-def _write(judge: Judge, result: SearchResult, pruned: PruneResult | None, out: Path) -> None:
+def _write(
+    judge: Judge,
+    result: SearchResult,
+    pruned: PruneResult | None,
+    curves: MeasuredSensitivity | None,
+    out: Path,
+) -> None:
     """The result for people and as JSON; the chosen network, as `secateurs run` writes it."""
     out.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:  # of an earlier choice
@@ -333,10 +342,42 @@ def _write(judge: Judge, result: SearchResult, pruned: PruneResult | None, out: 
     if pruned is not None:
         assert result.choice.candidate is not None
         write_results(pruned, judge.recipe_of(result.choice.candidate), out, force=True)
-    write_search(result, out)
+    write_search(result, out, curves)
     part = out / f"{RESULT}.part"
     part.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     os.replace(part, out / RESULT)
+
+
+def _curves(
+    judge: Judge,
+    result: SearchResult,
+    pruned: PruneResult | None,
+    out: Path,
+    progress: Progress | bool,
+) -> tuple[MeasuredSensitivity | None, tuple[str, ...]]:
+    """What each target alone can lose, on validation data, and why that could not be measured."""
+    if pruned is None or result.choice.candidate is None:
+        return None, ()
+    problem, graph = judge.problem, pruned.scores.graph
+    stage = judge.recipe_of(result.choice.candidate).all_stages()[-1]
+    show = _bar(progress)
+
+    def tell(name: str, done: int, total: int) -> None:
+        if show is not None:
+            show(f"sensitivity: {name}", done, total)
+
+    try:
+        scores = score(
+            problem.model, problem.calibration, problem.loss_fn, criterion=stage.criterion,
+            graph=graph, granularity=stage.granularity,
+        )  # fmt: skip
+        found = sensitivity(
+            problem.model, problem.validation, problem.loss_fn, scores=scores,
+            cache=out / "sensitivity.json", progress=tell,
+        )  # fmt: skip
+    except PruningError as error:
+        return None, (f"no sensitivity curves: {error}",)
+    return found, ()
 
 
 def _bar(progress: Progress | bool) -> Progress | None:
