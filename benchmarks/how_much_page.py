@@ -350,6 +350,7 @@ def _latency() -> str:
     told = "; ".join(
         f"{n}: {t['parts']} {t['layers']} layers, {t['seconds']:.0f} s" for n, t in tables.items()
     )
+    busy = ", ".join(f"{t['busy']:.2f} ({n})" for n, t in tables.items())
     head = ("network", "share of dense", "asked, ms", "predicted", "measured", "again, wall",
             "again, processor", "took")  # fmt: skip
     listed = f" Outside: {', '.join(missed)}." if missed else ""
@@ -359,8 +360,8 @@ A table of layer widths is measured once, then candidates are cut for real and t
 the dense network until one is within the budget and not more than 10 % below it. "Measured" is that
 candidate; "again" is a later, independent timing of the same network, relative to what was asked,
 by the wall and in processor time. Within 10 % of what was asked, in processor time: {within} of
-{len(points)}.{listed} The machine was shared with about ten other processes: milliseconds are as
-long as that makes them, and the wall is noisy; ratios are what counts. One thread
+{len(points)}.{listed} Wall over processor time of the dense network while the tables were measured:
+{busy}. One thread
 (`benchmarks/latency_budgets.py`). Tables: {told}
 
 ![Asked and realised latency](images/how-much-latency.png)
