@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from secateurs.bars import Progress, epoch_text
@@ -37,6 +38,8 @@ from secateurs.types import (
 
 __all__ = ["Point", "Ranking", "Run"]
 
+DOUBT = 0.1
+"""How wrong a table may be about the smallest model before a latency is called out of reach."""
 Recut = Callable[[int], Mapping[str, Tensor] | None]
 
 
@@ -104,6 +107,7 @@ class Run:
         self.seed, self.progress = seed, progress
         self.example_inputs = example_inputs
         self.table: LatencyTable | None = None
+        self.least_ms = 0.0
         self.plan: Plan | None = None
         self.steps: list[StepRow] = []
         self.history: list[FinetuneResult] = []
@@ -198,8 +202,10 @@ class Run:
             )
 
         whole = stage.budget.latency_ms if isinstance(stage.budget, Budget) else None
-        if self.table is None or not isinstance(asked, Budget) or asked.latency_ms != whole:
+        if self.table is None or not isinstance(asked, Budget) or asked.latency_ms is None:
             return counts(asked)
+        if asked.latency_ms != whole:  # a step on the way: what the table predicts will do
+            return counts(replace(asked, latency_ms=max(asked.latency_ms, self.least_ms * 1.001)))
         strict = replace(stage, allow_missed=False)
         self.tell("fit the latency", len(self.steps))
         try:
@@ -227,11 +233,22 @@ class Run:
             round_to=stage.round_to,
         )  # fmt: skip
         assert isinstance(stage.budget, Budget)
-        assert stage.budget.latency_ms is not None
-        if stage.budget.latency_ms >= table.dense_ms:
+        asked = stage.budget.latency_ms
+        assert asked is not None
+        if asked >= table.dense_ms:
             raise BudgetError(
                 f"{given(stage.budget)}: a call of the dense model takes {table.dense_ms:.4g} ms "
                 "here (1 thread, the example inputs): it is within the budget already"
+            )
+        targets = self.graph.select(stage.granularity)
+        blank = Scores(self.graph, {t.name: torch.zeros(t.n_units) for t in targets}, "")
+        self.least_ms = table.ms(stage.fewest(blank, self.plan).kept)
+        if self.least_ms > asked * (1 + DOUBT) and not stage.allow_missed:
+            raise BudgetError(
+                f"{given(stage.budget)}: a call of the dense model takes {table.dense_ms:.4g} ms "
+                f"here, and about {self.least_ms:.4g} ms remain when every target keeps its fewest "
+                "units: the rest does not depend on widths. Ask for more, prune more kinds of "
+                "units, or take the nearest with allow_missed=True"
             )
 
     @property
