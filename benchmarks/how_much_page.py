@@ -183,13 +183,15 @@ def _auto() -> str:
     data = _read("auto.json")
     if data is None:
         return ""
-    rows = data["rows"]
+    order = list(dict.fromkeys(r["task"] for r in data["rows"]))
+    rows = sorted(data["rows"], key=lambda r: (order.index(r["task"]), r["method"]))
     names = {"auto": '`"auto"`', "metric_drop": "`metric_drop`"}
     cells = [
         [
             r["task"] if r["method"] == "auto" else "", names[r["method"]],
             f"{r['macs']:.3f}", f"{100 * r['test_dense']:.1f}", f"{100 * r['test_drop']:+.2f}",
-            f"{100 * r['worst_drop']:+.2f}", f"{r['kept']} of {r['runs'] - r['refused']}",
+            f"{100 * r['worst_drop']:+.2f}", f"{r['kept']} of {r['runs'] - r['refused']}"
+            + (f", {r['refused']} refused" if r["refused"] else ""),
         ]
         for r in rows
     ]  # fmt: skip
@@ -207,7 +209,8 @@ def _auto() -> str:
 at least twice that size; `Budget(metric_drop=)` with the same limit takes the smallest that passes.
 Points on **test** data, mean and worst over seeds, which neither has seen. Within 1 % there: "auto"
 {total["auto"][0]} of {total["auto"][1]} runs, the smallest that passes {total["metric_drop"][0]} of
-{total["metric_drop"][1]}. It is a default, not a promise: `secateurs search` makes one
+{total["metric_drop"][1]}. "Refused": even the first step lost too much on validation, which is an
+error that says so. It is a default, not a promise: `secateurs search` makes one
 (`benchmarks/auto.py`).
 
 {_table(head, cells)}"""
