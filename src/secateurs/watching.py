@@ -191,6 +191,7 @@ def watch(
         ScoringError: in a step, if a gradient is not finite.
 
     Example:
+        >>> from secateurs.types import WeightTarget
         >>> net = nn.Linear(2, 1, bias=False)
         >>> _ = net.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
         >>> graph = Graph({"weight": WeightTarget("weight", (1, 2))})
