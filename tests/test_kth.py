@@ -22,7 +22,6 @@ from secateurs.kth import (
     keep_mask,
     kth_largest,
     merge,
-    quantile,
     settle,
     tally,
 )
@@ -176,25 +175,6 @@ def test_what_is_refused() -> None:
             kth_largest(empty, 1)
     with pytest.raises(ConfigError, match="a: scores are floating-point numbers, got"):
         kth_largest({"a": torch.arange(3)}, 1)
-
-
-@given(tensors=cases(), q=st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
-def test_quantiles_as_in_numpy(tensors: dict[str, Tensor], q: float) -> None:
-    joined = torch.cat([t.double() for t in tensors.values()]).numpy()
-    joined = joined[joined > -INF]
-    if len(joined):
-        found = quantile(tensors, q)
-        expected = np.sort(joined)[max(1, math.ceil(q * len(joined) * (1 - 1e-12))) - 1]
-        assert found == expected
-        assert (joined <= found).mean() >= q - 1e-9
-    with pytest.raises(ConfigError, match=r"q must be in \[0, 1\]"):
-        quantile(tensors, 1.5)
-
-
-def test_quantiles_by_hand() -> None:
-    ten = {"a": torch.arange(10.0)}
-    assert [quantile(ten, q) for q in (0, 0.1, 0.3, 0.31, 1)] == [0, 0, 2, 3, 9]
 
 
 # -- parts that add up -----------------------------------------------------------------------------

@@ -33,7 +33,6 @@ __all__ = [
     "keep_mask",
     "kth_largest",
     "merge",
-    "quantile",
     "settle",
     "tally",
 ]
@@ -133,30 +132,6 @@ def kth_largest(tensors: Tensors, k: int) -> Cut:
             high = upper if upper > low else math.inf
         else:
             low = lower if lower < high else -math.inf
-
-
-def quantile(tensors: Tensors, q: float) -> float:
-    """The smallest score that at least the fraction q of all scores does not exceed.
-
-    Exact; `numpy.quantile(..., method="inverted_cdf")` without joining and sorting. Scores of -inf
-    take no part.
-
-    Args:
-        tensors: as in `kth_largest`.
-        q: from 0 (the smallest score) to 1 (the largest).
-
-    Raises:
-        ConfigError, ScoringError: as `kth_largest`, or q is out of range.
-
-    Example:
-        >>> quantile({"a": torch.arange(10.0), "b": torch.arange(10.0, 20.0)}, 0.5)
-        9.0
-    """
-    if not 0 <= q <= 1:
-        raise ConfigError(f"q must be in [0, 1], got {q}")
-    n = sum(count_left(name, tensor) for name, tensor in tensors.items())
-    rank = max(1, math.ceil(q * n * (1 - 1e-12)))  # 0.07 * 100 is 7.000000000000001
-    return kth_largest(tensors, n - rank + 1).threshold
 
 
 def about_kth_largest(tensors: Tensors, k: int, *, sample: int, seed: int = 0) -> Cut:

@@ -204,6 +204,8 @@ def test_the_machine_that_is_second_leaves_the_test_split_alone(run: Run, tmp_pa
     assert code == 0, err
     read = (tmp_path / "log").read_text().split().count("40")
     assert read == 2  # before and after
+    assert (tmp_path / "one" / "sensitivity.json").is_file()
+    assert "Where the dense network is sensitive" in (tmp_path / "one" / "search.html").read_text()
     code, second, err = run("search", "own.yaml", "--out", "two", *storage, "--json")
     assert code == 0, err
     a, b = json.loads(first), json.loads(second)

@@ -137,7 +137,10 @@ def test_without_losses_of_samples_there_are_no_errors_and_a_note() -> None:
 
     found = sensitivity(made.model, made.batches, largest, graph=made.graph, criterion="magnitude")
     assert found.errors == {}
-    assert "no standard errors: the loss of a batch is not the mean over its samples" in found.notes
+    assert (
+        "no standard errors: the loss is not a mean over samples that can be taken one by one"
+        in found.notes
+    )
 
 
 def test_the_model_is_whole_after_an_exception() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -36,11 +36,14 @@ def _power(value: float, _position: int | None = None) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
+Points = list[tuple[float, float]]
+
+
 @plain_style
 def schedule_plot(
     steps: Sequence[StepRow],
     *,
-    quantity: Literal["macs", "params", "units"],
+    quantity: str,
     metric: str,
     dense: float | None,
     key: str,
@@ -50,12 +53,54 @@ def schedule_plot(
 
     Steps that were rolled back are crosses, and no line goes through them.
     """
+    path, cut, healed, undone = _along(steps, quantity, dense)
     figure = make_figure(400, 280)
     axes = make_axes(figure)
-    path: list[tuple[float, float]] = [(100.0, dense)] if finite(dense) else []
-    cut: list[tuple[float, float]] = []
-    healed: list[tuple[float, float]] = []
-    undone: list[tuple[float, float]] = []
+    if finite(dense):
+        axes.axhline(dense, color=ROLES["muted"], linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(
+            "dense", (0, dense), xycoords=("axes fraction", "data"), xytext=(2, 3),
+            textcoords="offset points", color=ROLES["ink"], fontsize=11,
+        )  # fmt: skip
+    if path:
+        axes.plot(*zip(*path, strict=True), color=ROLES["muted"], linewidth=0.8)
+    looks: list[tuple[Points, dict[str, Any]]] = [
+        (cut, {"marker": "o", "linewidth": 0, "color": ROLES["flag"], "markeredgewidth": 2,
+               "markerfacecolor": ROLES["card"], "label": "right after the cut"}),
+        (healed, {"marker": "o", "linewidth": 2, "color": ROLES["kept"],
+                  "label": "after fine-tuning"}),
+        (undone, {"marker": "x", "linewidth": 0, "color": ROLES["flag"], "markeredgewidth": 2,
+                  "label": "rolled back"}),
+    ]  # fmt: skip
+    for points, look in looks:
+        if points:
+            axes.plot(*zip(*points, strict=True), markersize=8, **look)
+    axes.set_xlim(104, 0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.margins(y=0.1)
+    axes.grid(axis="y", color=ROLES["grid"], linewidth=1)
+    axes.tick_params(axis="y", length=0)
+    what = f"{remaining_words(quantity)} remaining (pruning goes to the right)"
+    axes.set_xlabel(what, color=ROLES["ink"], fontsize=12)
+    axes.set_ylabel(shorten(metric, 30), color=ROLES["ink"], fontsize=12)
+    if cut or healed or undone:
+        figure.legend(
+            loc="outside upper left", ncols=2 + bool(undone), frameon=False, fontsize=12,
+            columnspacing=0.8 if undone else None, labelcolor=ROLES["ink"], handletextpad=0.4,
+        )  # fmt: skip
+    return to_svg(figure, key, label)
+
+
+def _along(
+    steps: Sequence[StepRow], quantity: str, dense: float | None
+) -> tuple[Points, Points, Points, Points]:
+    """(percent that remains, metric): the whole path, after cuts, healed, and rolled back."""
+    path: Points = [(100.0, dense)] if finite(dense) else []
+    cut: Points = []
+    healed: Points = []
+    undone: Points = []
     for step in steps:
         remaining = step.remaining.get(quantity)
         if not finite(remaining):
@@ -69,73 +114,7 @@ def schedule_plot(
             if finite(value):
                 points.append((100 * remaining, value))
                 path.append(points[-1])
-    if finite(dense):
-        axes.axhline(dense, color=ROLES["muted"], linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.annotate(
-            "dense",
-            (0, dense),
-            xycoords=("axes fraction", "data"),
-            xytext=(2, 3),
-            textcoords="offset points",
-            color=ROLES["ink"],
-            fontsize=11,
-        )
-    if path:
-        axes.plot(*zip(*path, strict=True), color=ROLES["muted"], linewidth=0.8)
-    if cut:
-        x, y = zip(*cut, strict=True)
-        axes.plot(
-            x,
-            y,
-            "o",
-            markersize=8,
-            color=ROLES["flag"],
-            markerfacecolor=ROLES["card"],
-            markeredgewidth=2,
-            label="right after the cut",
-        )
-    if healed:
-        axes.plot(
-            *zip(*healed, strict=True),
-            "o-",
-            markersize=8,
-            linewidth=2,
-            color=ROLES["kept"],
-            label="after fine-tuning",
-        )
-    if undone:
-        axes.plot(
-            *zip(*undone, strict=True),
-            "x",
-            markersize=8,
-            markeredgewidth=2,
-            color=ROLES["flag"],
-            label="rolled back",
-        )
-    axes.set_xlim(104, 0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
-    axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.margins(y=0.1)
-    axes.grid(axis="y", color=ROLES["grid"], linewidth=1)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(
-        f"{remaining_words(quantity)} remaining (pruning goes to the right)",
-        color=ROLES["ink"],
-        fontsize=12,
-    )
-    axes.set_ylabel(shorten(metric, 30), color=ROLES["ink"], fontsize=12)
-    if cut or healed or undone:
-        figure.legend(
-            loc="outside upper left",
-            ncols=2 + bool(undone),
-            columnspacing=0.8 if undone else None,
-            frameon=False,
-            fontsize=12,
-            labelcolor=ROLES["ink"],
-            handletextpad=0.4,
-        )
-    return to_svg(figure, key, label)
+    return path, cut, healed, undone
 
 
 @plain_style

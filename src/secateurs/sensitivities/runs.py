@@ -159,7 +159,7 @@ class LossRuns:
         self._held = held if size <= HELD else None
         self._by_sample = all(h.loss.samples is not None for h in held)
         self.notes = () if self._by_sample else (
-            "no standard errors: the loss of a batch is not the mean over its samples",
+            "no standard errors: the loss is not a mean over samples that can be taken one by one",
         )  # fmt: skip
 
     def _uncut(self, batch: Batch, n: int) -> tuple[Any, _Loss]:
