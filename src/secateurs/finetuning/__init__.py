@@ -17,6 +17,7 @@ from secateurs.finetuning.config import (
 )
 from secateurs.finetuning.distillation import distillation_loss
 from secateurs.finetuning.loop import finetune
+from secateurs.finetuning.parts import Part, Training
 from secateurs.finetuning.state import restore_, snapshot
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "EpochRow",
     "Finetune",
     "FinetuneResult",
+    "Part",
+    "Training",
     "clock_of",
     "distillation_loss",
     "finetune",

@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
-from secateurs.batches import tensors
-from secateurs.errors import DataError
+from secateurs.batches import call_model, in_mode, tensors
+from secateurs.errors import CaptureError, DataError
+from secateurs.finetuning.config import Finetune
+from secateurs.types import Inputs, LossFn
 
-__all__ = ["distillation_loss"]
+__all__ = ["Teacher", "distillation_loss"]
+
+
+class Teacher:
+    """The dense model beside the one that is trained: in eval mode inside its `with` statement.
+
+    Args:
+        model: never changed, on the device of the student.
+        config: `distill` (weight of the distillation) and `temperature`.
+    """
+
+    def __init__(self, model: nn.Module, config: Finetune) -> None:
+        self.model, self.config = model, config
+        self._entered = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._entered.enter_context(in_mode(self.model, training=False))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.close()
+
+    def objective(self, loss_fn: LossFn, inputs: Inputs, where: str) -> LossFn:
+        """The loss to minimise for these inputs: task loss and distillation, weighted.
+
+        Raises:
+            CaptureError: the teacher refuses the inputs.
+        """
+        weight, temperature = self.config.distill, self.config.temperature
+        try:
+            with torch.no_grad():
+                reference = call_model(self.model, inputs)
+        except Exception as error:
+            raise CaptureError(f"{where}: the teacher refuses the inputs: {error}") from error
+
+        def objective(outputs: Any, targets: Any) -> Tensor:
+            task = loss_fn(outputs, targets)
+            away = distillation_loss(outputs, reference, targets, temperature)
+            return (1 - weight) * task + weight * away
+
+        return objective
 
 
 def distillation_loss(

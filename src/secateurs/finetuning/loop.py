@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,19 @@ from torch.optim import Optimizer
 
 from secateurs.batches import (
     batch_size,
-    call_model,
     checked_loss,
     in_mode,
     iterate,
     model_device,
 )
-from secateurs.errors import CaptureError, ConfigError, DataError, ScoringError
+from secateurs.errors import ConfigError, DataError, ScoringError
 from secateurs.finetuning.clock import Clock, clock_of, lr_factor
 from secateurs.finetuning.config import OPTIMIZERS, EpochRow, Finetune, FinetuneResult
-from secateurs.finetuning.distillation import distillation_loss
+from secateurs.finetuning.distillation import Teacher
+from secateurs.finetuning.parts import Part, Training
 from secateurs.finetuning.state import restore_, snapshot
 from secateurs.masks import HeldMasks, hold_masks
-from secateurs.types import Batches, Evaluate, Inputs, LossFn
+from secateurs.types import Batches, Evaluate, LossFn
 
 __all__ = ["finetune"]
 
@@ -45,6 +44,7 @@ def finetune(
     optimizer: Optimizer | None = None,
     seed: int | None = None,
     recut: Callable[[int], Mapping[str, Tensor] | None] | None = None,
+    parts: Sequence[Part] = (),
     progress: Callable[[EpochRow], object] | None = None,
 ) -> FinetuneResult:
     """Train `model` IN PLACE and say what happened.
@@ -75,6 +75,7 @@ def finetune(
         recut: called before each optimizer step with the number of steps done so far, 0 at first,
             model in training mode; may return larger masks, which are held from then on, or None.
             Masks only grow: see `HeldMasks`. The best epoch is then the best after the last cut.
+        parts: what takes part in each step beside the loss, in this order: see `Part`.
         progress: called with each finished `EpochRow`; None = silent.
 
     Raises:
@@ -98,15 +99,21 @@ def finetune(
     clock = clock_of(config, batches)
     optimizer = optimizer or _build_optimizer(model, config)
     before = snapshot(model)
-    loop = _Loop(model, loss_fn, config, teacher, evaluate, maximize, optimizer, clock, recut)
+    taught = None if teacher is None else Teacher(teacher, config)
+    loop = _Loop(
+        model, loss_fn, config, taught, evaluate, maximize, optimizer, clock, recut, tuple(parts)
+    )
     try:
         with ExitStack() as stack:
             stack.enter_context(_random_state(seed))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(in_mode(model, training=True))
-            if teacher is not None:
-                stack.enter_context(in_mode(teacher, training=False))
+            if taught is not None:
+                stack.enter_context(taught)
             loop.held = stack.enter_context(hold_masks(model, optimizer, masks or {}))
+            if optimizer is not None:
+                for part in loop.parts:
+                    part.start(Training(model, optimizer, loop.held, clock.n_steps))
             for row in loop.epochs(batches):
                 if progress is not None:
                     progress(row)
@@ -131,12 +138,13 @@ class _Loop:
     model: nn.Module
     loss_fn: LossFn
     config: Finetune
-    teacher: nn.Module | None
+    teacher: Teacher | None
     evaluate: Evaluate | None
     maximize: bool
     optimizer: Optimizer | None
     clock: Clock
     recut: Callable[[int], Mapping[str, Tensor] | None] | None
+    parts: tuple[Part, ...]
     held: HeldMasks | None = None
     steps: int = 0
     stopped_early: bool = False
@@ -173,10 +181,13 @@ class _Loop:
         for i, (inputs, targets) in enumerate(iterate(batches, model_device(self.model))):
             if not group:
                 self._cut()
+                for part in self.parts:
+                    part.begin(self.steps)
             where = f"epoch {epoch}, batch {i}"
-            loss = checked_loss(
-                self.model, (inputs, targets), self._objective(inputs, where), where
-            )
+            objective = self.loss_fn
+            if self.teacher is not None:
+                objective = self.teacher.objective(self.loss_fn, inputs, where)
+            loss = checked_loss(self.model, (inputs, targets), objective, where)
             size = batch_size(inputs)
             total, n = total + loss.item() * size, n + size
             if self.config.full_batch or self.config.accumulate > 1:
@@ -210,30 +221,16 @@ class _Loop:
             self.held.grow(larger)
             self.best, self.best_state = None, None  # they belong to a larger network
 
-    def _objective(self, inputs: Inputs, where: str) -> LossFn:
-        """The loss to minimise for these inputs: task loss and distillation, weighted."""
-        if self.teacher is None:
-            return self.loss_fn
-        weight, temperature = self.config.distill, self.config.temperature
-        try:
-            with torch.no_grad():
-                reference = call_model(self.teacher, inputs)
-        except Exception as error:
-            raise CaptureError(f"{where}: the teacher refuses the inputs: {error}") from error
-
-        def objective(outputs: Any, targets: Any) -> Tensor:
-            task = self.loss_fn(outputs, targets)
-            away = distillation_loss(outputs, reference, targets, temperature)
-            return (1 - weight) * task + weight * away
-
-        return objective
-
     def _step(self, optimizer: Optimizer) -> None:
         self.set_lr()
+        for part in self.parts:
+            part.gradients(self.steps)
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm)
         optimizer.step()
         self.steps += 1
+        for part in self.parts:
+            part.stepped(self.steps)
         _clear_gradients(self.model)
 
     def set_lr(self, factor: float | None = None) -> None:
