@@ -15,7 +15,8 @@ from secateurs.finetuning.config import (
     Finetune,
     FinetuneResult,
 )
-from secateurs.finetuning.distillation import distillation_loss
+from secateurs.finetuning.distillation import Distillation, distillation, distillation_loss
+from secateurs.finetuning.hidden import HiddenPoint, hidden_loss, hidden_points
 from secateurs.finetuning.loop import finetune
 from secateurs.finetuning.parts import Part, Training
 from secateurs.finetuning.state import restore_, snapshot
@@ -24,14 +25,19 @@ __all__ = [
     "LR_SCHEDULES",
     "OPTIMIZERS",
     "Clock",
+    "Distillation",
     "EpochRow",
     "Finetune",
     "FinetuneResult",
+    "HiddenPoint",
     "Part",
     "Training",
     "clock_of",
+    "distillation",
     "distillation_loss",
     "finetune",
+    "hidden_loss",
+    "hidden_points",
     "restore_",
     "snapshot",
 ]

@@ -55,6 +55,10 @@ class Finetune:
             all samples of its batches. The last step of an epoch takes the batches that are left.
         distill: weight in [0, 1] of the distillation loss; the task loss has the rest.
         temperature: of the distillation between class probabilities, above 0.
+        hidden: weight of the distillation of hidden states, at least 0, added to the rest; 1 weighs
+            as much as a student whose hidden states are all zero. See `hidden_loss`.
+        hidden_at: names or globs of the modules whose inputs are compared; None = all that read
+            units, see `hidden_points`.
 
     Raises:
         ConfigError: lists every field that is out of range.
@@ -86,6 +90,8 @@ lr must be above 0, got -1
     temperature: float = 2.0
     accumulate: int = 1
     cycles: int = 1
+    hidden: float = 0.0
+    hidden_at: tuple[str, ...] | None = None
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -98,6 +104,7 @@ lr must be above 0, got -1
             ("cycles", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
             ("distill", "in [0, 1]", lambda v: 0 <= v <= 1),
             ("epochs", "a whole number, at least 0", lambda v: isinstance(v, int) and v >= 0),
+            ("hidden", "at least 0", lambda v: v >= 0),
             ("lr", "above 0", lambda v: v > 0),
             ("momentum", "in [0, 1)", lambda v: 0 <= v < 1),
             ("patience", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
@@ -118,8 +125,15 @@ lr must be above 0, got -1
             problems.append("full_batch accumulates all batches already: leave accumulate away")
         if self.cycles != 1 and self.lr_schedule == "constant":
             problems.append("cycles has no effect on lr_schedule='constant': give 'cosine'")
+        if self.hidden_at is not None and not self.hidden:
+            problems.append("hidden_at has no effect without hidden: give hidden=1.0")
         if problems:
             raise ConfigError("Finetune: " + "; ".join(problems))
+
+    @property
+    def distills(self) -> bool:
+        """Whether there is something to learn from a teacher."""
+        return self.distill > 0 or self.hidden > 0
 
     @property
     def n_epochs(self) -> int | None:

@@ -22,7 +22,7 @@ from secateurs.batches import (
 from secateurs.errors import ConfigError, DataError, ScoringError
 from secateurs.finetuning.clock import Clock, clock_of, lr_factor
 from secateurs.finetuning.config import OPTIMIZERS, EpochRow, Finetune, FinetuneResult
-from secateurs.finetuning.distillation import Teacher
+from secateurs.finetuning.distillation import Distillation, taught_by
 from secateurs.finetuning.parts import Part, Training
 from secateurs.finetuning.state import restore_, snapshot
 from secateurs.masks import HeldMasks, hold_masks
@@ -38,7 +38,7 @@ def finetune(
     config: Finetune,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Distillation | None = None,
     evaluate: Evaluate | None = None,
     maximize: bool = True,
     optimizer: Optimizer | None = None,
@@ -62,8 +62,9 @@ def finetune(
         loss_fn: `loss_fn(outputs, targets)`, mean over the samples of the batch.
         config: how to train.
         masks: as in `hold_masks`: removed entries stay zero, checked at the end.
-        teacher: the model to distill from when `config.distill` is above 0, on the same device;
-            run in eval mode and never changed. See `distillation_loss`.
+        teacher: the model to distill from when `config.distill` or `config.hidden` is above 0, on
+            the same device; run in eval mode and never changed. Hidden states need its graph too:
+            give `distillation(teacher, config, graph=..., plan=...)`.
         evaluate: called after each epoch, model in eval mode, without gradients; returns a float
             or a dict whose first entry is the main metric.
         maximize: whether a larger metric is better.
@@ -99,7 +100,7 @@ def finetune(
     clock = clock_of(config, batches)
     optimizer = optimizer or _build_optimizer(model, config)
     before = snapshot(model)
-    taught = None if teacher is None else Teacher(teacher, config)
+    taught = None if teacher is None else taught_by(teacher, model, config)
     loop = _Loop(
         model, loss_fn, config, taught, evaluate, maximize, optimizer, clock, recut, tuple(parts)
     )
@@ -138,7 +139,7 @@ class _Loop:
     model: nn.Module
     loss_fn: LossFn
     config: Finetune
-    teacher: Teacher | None
+    teacher: Distillation | None
     evaluate: Evaluate | None
     maximize: bool
     optimizer: Optimizer | None
@@ -292,15 +293,16 @@ def _check_arguments(
     model: nn.Module,
     batches: Batches,
     config: Finetune,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Distillation | None,
     evaluate: Evaluate | None,
 ) -> None:
     """Raise one error for all arguments that contradict each other."""
     problems = []
-    if config.distill > 0 and teacher is None:
-        problems.append(f"distill={config.distill:g} needs teacher=, the model to distill from")
-    if teacher is not None and config.distill == 0:
-        problems.append("a teacher without effect: set Finetune(distill=) above 0")
+    if config.distills and teacher is None:
+        given = f"distill={config.distill:g}" if config.distill else f"hidden={config.hidden:g}"
+        problems.append(f"{given} needs teacher=, the model to distill from")
+    if teacher is not None and not config.distills:
+        problems.append("a teacher without effect: set Finetune(distill=) or (hidden=) above 0")
     if teacher is model:
         problems.append("teacher is the model itself: give copy.deepcopy of the dense model")
     if evaluate is None and (config.patience is not None or config.restore_best):

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from secateurs.bars import Progress, epoch_text
 from secateurs.controls import controlled_scores, null_scores, shuffled_targets
 from secateurs.errors import BudgetError
-from secateurs.finetuning import FinetuneResult, finetune, restore_, snapshot
+from secateurs.finetuning import (
+    Distillation,
+    FinetuneResult,
+    distillation,
+    finetune,
+    restore_,
+    snapshot,
+)
 from secateurs.latency import LatencyTable, fit_latency, measure_table
 from secateurs.masks import apply_masks_
 from secateurs.pipeline.request import given
@@ -107,6 +114,7 @@ class Run:
         self.seed, self.progress = seed, progress
         self.example_inputs = example_inputs
         self.table: LatencyTable | None = None
+        self.taught: Distillation | None = None
         self.least_ms = 0.0
         self.plan: Plan | None = None
         self.steps: list[StepRow] = []
@@ -262,21 +270,26 @@ class Run:
         if not self.plan.n_removed and (must or isinstance(counts.asked, Threshold)):
             raise BudgetError(f"{given(counts.asked)} removes nothing: all scores reach it")
         apply_masks_(self.work, self.plan.masks)
+        if self.taught is not None:
+            self.taught.plan = self.plan
 
     def heal(self, stage: Stage, recut: Recut | None = None) -> tuple[float | None, float | None]:
         """Fine-tune with the cut held; the metric and the training loss afterwards."""
         config = stage.finetune
         if config is None or (self.plan is None and recut is None):
             return None, None
+        if config.distills:
+            self.taught = distillation(self.model, config, graph=self.graph, plan=self.plan)
         done = finetune(
             self.work, self.batches, self.loss_fn, config,
             masks=None if self.plan is None else self.plan.masks,
-            teacher=self.model if config.distill else None, evaluate=self.evaluate,
+            teacher=self.taught, evaluate=self.evaluate,
             maximize=self.maximize, seed=self.seed + len(self.steps), recut=recut,
             progress=lambda row: self.tell(
                 epoch_text("heal", row.epoch, row.train_loss, row.metric), len(self.steps)
             ),
         )  # fmt: skip
+        self.taught = None
         self.history.append(done)
         healed = self.metric() if config.restore_best else done.final_metric
         return healed, done.history[-1].train_loss if done.history else None
