@@ -25,7 +25,7 @@ LAYERS = (
     "statistics selection scores",
     "scoring watching allocation masks",
     "finetuning surgery controls testing",
-    "macs health carrying",
+    "macs health carrying boards",
     "latency diagnosis sensitivities",
     "measurement",
     "report export",
