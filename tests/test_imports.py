@@ -33,7 +33,7 @@ LAYERS = (
     "tasks",
     "recipe",
     "runner",
-    "ablation",
+    "ablation healing",
     "searching",
     "integrations",
     "cli",

@@ -9,7 +9,17 @@ import sys
 
 import typer
 
-from secateurs.cli import analyze, criteria, demo, run, score, search, sensitivity, tasks
+from secateurs.cli import (
+    analyze,
+    criteria,
+    demo,
+    finetune,
+    run,
+    score,
+    search,
+    sensitivity,
+    tasks,
+)
 
 __all__ = ["app", "main"]
 
@@ -25,6 +35,7 @@ app = typer.Typer(
 app.command("analyze")(analyze.analyze)
 app.command("criteria")(criteria.criteria)
 app.command("demo")(demo.demo)
+app.command("finetune")(finetune.finetune)
 app.command("run")(run.run)
 app.command("score")(score.score)
 app.command("search")(search.search)
