@@ -30,6 +30,7 @@ LAYERS = (
     "measurement",
     "report export",
     "pipeline",
+    "during",
     "tasks",
     "recipe",
     "runner",
