@@ -11,7 +11,7 @@ zero. The callbacks for other libraries are a few lines around this.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from secateurs.allocation import RoundTo
+from secateurs.distributed import Group
 from secateurs.errors import BudgetError, ConfigError
 from secateurs.graph import trace
 from secateurs.masks import HeldMasks, hold_masks
@@ -38,7 +39,7 @@ __all__ = ["Cuts", "prune_during"]
 @contextmanager
 def prune_during(
     model: nn.Module,
-    optimizer: Optimizer | None,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
     *,
     n_steps: int,
     steps_per_epoch: int | None = None,
@@ -55,6 +56,8 @@ def prune_during(
     example_inputs: Inputs | None = None,
     graph: Graph | None = None,
     seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+    group: Group = None,
     told: Callable[[Cuts], object] | None = None,
 ) -> Iterator[Cuts]:
     """Cut a model step by step while it is trained by a loop of the user's own.
@@ -66,8 +69,9 @@ def prune_during(
 
     Args:
         model: trained in place.
-        optimizer: its steps are followed; a wrapper (of Accelerate, Lightning) is looked into.
-            None: the caller calls `cuts.step()` after each of its steps.
+        optimizer: its steps are followed; a wrapper (of Accelerate, Lightning) is looked into. Of
+            several, the steps of the first count. None: the caller calls `cuts.step()` after each
+            of its steps.
         n_steps: optimizer steps of the whole training.
         steps_per_epoch: needed when the schedule counts in epochs.
         budget, threshold, criterion, granularity, allocation, min_keep, round_to: as in `Stage`;
@@ -79,6 +83,9 @@ def prune_during(
         example_inputs: what to trace with; None: the inputs of the first of `batches`.
         graph: in place of `example_inputs`, from `trace`.
         seed: of criteria that draw random numbers.
+        state: from `Cuts.state_dict`, to go on after an interruption.
+        group: of torch.distributed, as in `score`: every rank scores its own `batches`, all cut
+            the same.
         told: called with the cuts after each of them.
 
     Raises:
@@ -110,16 +117,20 @@ def prune_during(
         if example_inputs is None:
             raise ConfigError("give example_inputs, batches or a graph: the model is traced first")
         graph = trace(model, example_inputs)
-    inner = getattr(optimizer, "optimizer", optimizer)
+    several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    inner = [getattr(one, "optimizer", one) for one in several if one is not None]
     with ExitStack() as stack:
         held = stack.enter_context(hold_masks(model, inner, {}))
         cuts = Cuts(
             model, stage, graph, held, batches, loss_fn, seed,
-            list(schedule.cuts(n_steps, steps_per_epoch)), told,
+            list(schedule.cuts(n_steps, steps_per_epoch)), told, group,
         )  # fmt: skip
-        cuts.check()
-        if inner is not None:
-            hook = inner.register_step_post_hook(lambda *_: cuts.step())
+        if state is None:
+            cuts.check()
+        else:
+            cuts.load_state_dict(state)
+        if inner:
+            hook = inner[0].register_step_post_hook(lambda *_: cuts.step())
             stack.callback(hook.remove)
         cuts.begin()
         yield cuts
@@ -185,6 +196,7 @@ class Cuts:
         seed: int,
         due: list[int],
         told: Callable[[Cuts], object] | None,
+        group: Group,
     ) -> None:
         self.plan: Plan | None = None
         self.counts: Counts | None = None
@@ -192,7 +204,7 @@ class Cuts:
         self.held, self.graph = held, graph
         self._model, self._stage = model, stage
         self._batches, self._loss_fn, self._seed = batches, loss_fn, seed
-        self._told = told
+        self._told, self._group = told, group
         self._first: Ranking | None = None
 
     def check(self) -> None:
@@ -222,7 +234,7 @@ class Cuts:
             return score(
                 self._model, self._batches, self._loss_fn, criterion=stage.criterion,
                 graph=self.graph, granularity=stage.granularity, previous=self.plan,
-                seed=self._seed + self.steps,
+                seed=self._seed + self.steps, group=self._group,
             )  # fmt: skip
 
     def _ranking(self) -> Scores:
@@ -273,4 +285,4 @@ class Cuts:
         self.steps, self.due = int(state["steps"]), list(state["due"])
         if state["plan"] is not None:
             self.plan = Plan(**state["plan"], detail=self.graph.detail)
-            self.held.grow(self.plan.masks)
+            self.held.replace(self.plan.masks)
