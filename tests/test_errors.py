@@ -14,6 +14,7 @@ BUILTINS = {
     "DataError": ValueError,
     "FileFormatError": OSError,
     "MissingDependencyError": ImportError,
+    "RankError": RuntimeError,
     "ScoringError": ArithmeticError,
     "SoundnessError": RuntimeError,
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from secateurs.allocation import preview as preview
     from secateurs.carrying import carry_optimizer as carry_optimizer
     from secateurs.diagnosis import diagnose as diagnose
+    from secateurs.during import prune_during as prune_during
     from secateurs.errors import PruningError as PruningError
     from secateurs.finetuning import Finetune as Finetune
     from secateurs.finetuning import finetune as finetune
@@ -69,6 +70,7 @@ _ROOMS = {
     "Sensitivity": "allocation",
     "carry_optimizer": "carrying",
     "diagnose": "diagnosis",
+    "prune_during": "during",
     "PruningError": "errors",
     "Finetune": "finetuning",
     "finetune": "finetuning",

@@ -23,6 +23,7 @@ __all__ = [
     "batch_size",
     "call_model",
     "check_batches",
+    "check_iterable",
     "checked_loss",
     "clone_inputs",
     "in_mode",
@@ -121,12 +122,17 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def iterate(
-    batches: Batches, device: torch.device, max_batches: int | None = None
+    batches: Batches,
+    device: torch.device,
+    max_batches: int | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Iterator[Batch]:
     """Yield the batches on `device`, at most `max_batches`.
 
     Raises:
-        DataError: a batch is not a pair, or there is none (an exhausted generator).
+        DataError: a batch is not a pair, or there is none (an exhausted generator), unless it
+            `may_be_empty`: the part of one process of a group.
     """
     n = 0
     for n, batch in enumerate(batches, start=1):
@@ -139,7 +145,7 @@ def iterate(
         yield to_device(batch[0], device), to_device(batch[1], device)
         if max_batches is not None and n >= max_batches:
             return
-    if n == 0:
+    if n == 0 and not may_be_empty:
         raise DataError(
             "batches is empty. A generator can be read only once: pass a list or a DataLoader"
         )
@@ -190,6 +196,21 @@ def check_batches(model: nn.Module, batches: Batches, loss_fn: LossFn | None) ->
     Raises:
         DataError, CaptureError, ScoringError: as `iterate` and `checked_loss`.
     """
+    check_iterable(batches)
+    with preserve(model), in_mode(model, training=False), torch.no_grad():
+        first = next(iterate(batches, model_device(model), max_batches=1))
+        if loss_fn is not None:
+            checked_loss(model, first, loss_fn)
+        else:
+            _checked_outputs(model, first[0], "batch 0")
+
+
+def check_iterable(batches: Batches) -> None:
+    """Refuse what can be read only once, or not at all.
+
+    Raises:
+        DataError: it is a generator, or nothing to iterate over.
+    """
     if isinstance(batches, Iterator):
         raise DataError("batches can be read only once (a generator): pass a list or a DataLoader")
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
@@ -197,12 +218,6 @@ def check_batches(model: nn.Module, batches: Batches, loss_fn: LossFn | None) ->
             f"batches is a {type(batches).__name__}; expected an iterable of (inputs, targets), "
             "such as a list or a DataLoader"
         )
-    with preserve(model), in_mode(model, training=False), torch.no_grad():
-        first = next(iterate(batches, model_device(model), max_batches=1))
-        if loss_fn is not None:
-            checked_loss(model, first, loss_fn)
-        else:
-            _checked_outputs(model, first[0], "batch 0")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ __all__ = [
     "FileFormatError",
     "MissingDependencyError",
     "PruningError",
+    "RankError",
     "ScoringError",
     "SoundnessError",
     "choose",
@@ -57,6 +58,18 @@ class SoundnessError(PruningError, RuntimeError):
 
 class FileFormatError(PruningError, OSError):
     """A saved file is truncated, of another version, or not what it claims to be."""
+
+
+class RankError(PruningError, RuntimeError):
+    """Another process of the group failed, is gone, or holds something else.
+
+    Attributes:
+        lost: whether it is gone, so that nothing can be told to it any more.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 def choose(name: str, choices: Iterable[str], what: str) -> str:

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor, nn
 
 from secateurs.bars import Progress, epoch_text
 from secateurs.batches import batch_size, check_batches, iterate, model_device, preserve
+from secateurs.checkpoints import Checkpoints, differences, flush
 from secateurs.errors import ConfigError, PruningError
 from secateurs.finetuning import EpochRow, Finetune
 from secateurs.imports import import_function
@@ -35,6 +37,7 @@ __all__ = [
     "Problem",
     "check_output",
     "check_recipe",
+    "is_complete",
     "load_problem",
     "run_recipe",
     "write_results",
@@ -92,6 +95,45 @@ def check_output(out: Path, force: bool) -> None:
             f"{out} already holds {', '.join(held)}. "
             "Add --force to overwrite, or choose another --out"
         )
+
+
+def is_complete(
+    recipe: Recipe, out: Path, checkpoints: Checkpoints, *, resume: bool, force: bool
+) -> bool:
+    """Whether a directory has all results of a recipe already; else it may be run there.
+
+    Args:
+        recipe: that is to be run.
+        out: directory of the results.
+        checkpoints: of this run; removed if `force` asks for a new start.
+        resume: go on with a run that was not finished.
+        force: overwrite.
+
+    Raises:
+        ConfigError: what is there would be lost, or belongs to another recipe.
+    """
+    unfinished = bool(checkpoints.files)
+    if resume and unfinished:
+        return False  # whatever results are there, it has begun to write them
+    if unfinished and not force:
+        raise ConfigError(
+            f"{out} holds the checkpoints of a run that was not finished. Go on with it by "
+            "--resume, start again by --force, or choose another --out"
+        )
+    needed = set(RESULTS) - {"graph.json"}
+    if resume and all((out / name).exists() for name in needed):
+        held = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+        other = differences(held, yaml.safe_load(recipe.to_yaml()))
+        if not other:
+            return True
+        if not force:
+            raise ConfigError(
+                f"{out} holds the results of another recipe: {'; '.join(other)}. "
+                "Add --force to overwrite, or choose another --out"
+            )
+    check_output(out, force)
+    checkpoints.clear()
+    return False
 
 
 def load_problem(
@@ -217,7 +259,13 @@ def check_recipe(recipe: Recipe, problem: Problem) -> Graph:
 
 
 def run_recipe(
-    recipe: Recipe, problem: Problem, *, out: str = "", progress: Progress | bool = False
+    recipe: Recipe,
+    problem: Problem,
+    *,
+    out: str = "",
+    progress: Progress | bool = False,
+    checkpoint: Checkpoints | None = None,
+    resume: bool = False,
 ) -> PruneResult:
     """Prune a problem by its recipe.
 
@@ -225,7 +273,7 @@ def run_recipe(
         recipe: what to do.
         problem: from `load_problem`.
         out: the directory of the results, for the suggestions in the report.
-        progress: as in `prune_stages`.
+        progress, checkpoint, resume: as in `prune_stages`.
 
     Raises:
         ConfigError: the recipe asks for a comparison with controls, which is many runs.
@@ -261,6 +309,8 @@ def run_recipe(
         seed=recipe.seed,
         latency=recipe.latency,
         progress=progress,
+        checkpoint=checkpoint,
+        resume=resume,
     )
     sizes = ", ".join(f"{n} {split}" for split, n in problem.sizes.items())
     notes = (f"samples: {sizes}",) if sizes else ()
@@ -325,7 +375,7 @@ def _hardly_lost(report: Report) -> bool:
 
 
 def write_results(result: PruneResult, recipe: Recipe, out: Path, *, force: bool) -> list[Path]:
-    """Write model, plan, recipe and report; returns the files.
+    """Write model, plan, recipe and report; returns the files, which are on the disk then.
 
     Raises:
         ConfigError: the directory holds results already and `force` is not set.
@@ -333,4 +383,7 @@ def write_results(result: PruneResult, recipe: Recipe, out: Path, *, force: bool
     check_output(out, force)
     result.save(out, force=True)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    return [out / name for name in RESULTS if (out / name).exists()]
+    files = [out / name for name in RESULTS if (out / name).exists()]
+    for path in (*files, out):
+        flush(path)
+    return files

@@ -12,25 +12,27 @@ and hooks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateurs.bars import bar
 from secateurs.batches import check_batches, in_mode, iterate, model_device, preserve
 from secateurs.criteria import Combination, Criterion, CriterionLike, get_combination
+from secateurs.distributed import Group, Ranks, assert_same, plain, ranks_of, whole
 from secateurs.errors import ConfigError, ScoringError, choose
 from secateurs.scores import combine
 from secateurs.statistics import Job, Pass, Run, Setting, Sums, check_fits, make_job
+from secateurs.statistics.chosen import ChosenBatches
 from secateurs.statistics.losses import loss_note
 from secateurs.statistics.partial import fingerprint, read_partial, write_partial
-from secateurs.types import Batch, Batches, Graph, LossFn, Plan, Scores, Target
+from secateurs.statistics.together import agree, check_group, shared_batches
+from secateurs.types import Batches, Graph, LossFn, Plan, Scores, Target
 
 __all__ = ["score"]
 
@@ -52,6 +54,7 @@ class Options(TypedDict, total=False):
     progress: Progress | bool
     max_seconds: float
     resume: str | Path | None
+    group: Group
 
 
 @overload  # a text is a sequence of texts, but the first that fits is taken
@@ -92,6 +95,7 @@ def score(
     progress: Progress | bool = False,
     max_seconds: float = 3600.0,
     resume: str | Path | None = None,
+    group: Group = None,
 ) -> Scores | dict[str, Scores]:
     """Scores of every unit: larger = keep.
 
@@ -115,6 +119,12 @@ def score(
         resume: a file for the unfinished pass. If it exists, the pass goes on from there, and gives
             what an uninterrupted one gives; it is removed when the pass is complete. The batches
             must come in the same order.
+        group: "world", or a process group of torch.distributed: every rank gives its own part of
+            the data, which may be empty, and gets the scores of all of it, as one process would
+            give for the batches of rank 0, then 1, ... All ranks give the same model, wrapped by
+            DDP, sharded by `fully_shard` (each then holds the full weights meanwhile), or neither;
+            its buffers count as rank 0 has them. `max_batches` and `sample_batches` are of each
+            rank. None: this process alone.
 
     Returns:
         `Scores` with one (n_units,) float32 tensor for each target; for a list of criteria
@@ -125,6 +135,7 @@ def score(
         ConfigError: an unknown option, missing batches or loss, or nothing that can be scored.
         DataError, CaptureError: batches that do not fit the model.
         ScoringError: a loss, gradient or activation that is not finite.
+        RankError: another rank failed or is gone, or holds other weights or settings.
 
     Example:
         >>> from secateurs.types import WeightTarget
@@ -136,25 +147,32 @@ def score(
         >>> list(score(net, graph=graph, criterion=["magnitude", "random"], granularity="weight"))
         ['magnitude', 'random']
     """
+    ranks, model = ranks_of(group), plain(model)
     alone = isinstance(criterion, (str, Mapping, Criterion, Combination))
-    given: Any = [criterion] if alone else criterion
-    asked = [get_combination(c) for c in given]
-    _check_request(asked, batches, loss_fn, max_batches, sample_batches)
-    chosen = list({part.label: part for c in asked for part in c.parts}.values())
-    choose(mode, ["eval", "train"], "mode")
-    if mode == "train":
-        _check_train_mode(model, chosen)
-    data = batches if any(c.needs_data for c in chosen) else None
-    if data is not None:
-        check_batches(model, data, loss_fn if any(c.needs_loss for c in chosen) else None)
-    found = graph if graph is not None else _trace(model, batches)
-    targets = found.select(granularity)
-    params = check_fits(model, targets)
-    jobs = [make_job(c, targets, model, params, granularity) for c in chosen]
-    chosen_batches = _Chosen(data, model, max_batches, sample_batches, seed)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        with ranks.agreed("score"):
+            given: Any = [criterion] if alone else criterion
+            asked = [get_combination(c) for c in given]
+            _check_request(asked, batches, loss_fn, max_batches, sample_batches)
+            chosen = list({part.label: part for c in asked for part in c.parts}.values())
+            choose(mode, ["eval", "train"], "mode")
+            check_group(model, ranks, resume)
+            if mode == "train":
+                _check_train_mode(model, chosen)
+        data = batches if any(c.needs_data for c in chosen) else None
+        stack.enter_context(whole(model))
+        shared = shared_batches(model, batches, ranks)
+        with ranks.agreed("score"):
+            if data is not None and shared is not None:
+                check_batches(model, shared, loss_fn if any(c.needs_loss for c in chosen) else None)
+            found = graph if graph is not None else _trace(model, shared)
+            targets = found.select(granularity)
+            params = check_fits(model, targets)
+            jobs = [make_job(c, targets, model, params, granularity) for c in chosen]
+            chosen_batches = ChosenBatches(data, model, max_batches, sample_batches, seed, ranks)
         stack.enter_context(preserve(model))
+        agree(model, jobs, previous, [mode, seed], group, ranks)
         stack.enter_context(in_mode(model, training=mode == "train"))
         stack.enter_context(_only_these_gradients(model))
         stack.enter_context(_differentiable_kernels(model))
@@ -163,18 +181,27 @@ def score(
         setting = Setting(
             model, params, loss_fn, found, alive, seed, chosen_batches.total or 1, max_seconds
         )
-        first = None if data is None else Run(0, next(iter(chosen_batches))[1])
-        note = loss_note(setting, first) if first is not None and mode == "eval" else ""
-        run = Pass(setting, jobs, first, Sums())
+        with ranks.agreed("score"):
+            first = None if data is None else Run(0, chosen_batches.first(shared))
+            note = loss_note(setting, first) if first is not None and mode == "eval" else ""
+            run = Pass(setting, jobs, first, Sums())
+            if ranks.size > 1:
+                run.check_shared()
+                torch.manual_seed(seed + ranks.rank)  # no rank drops what another one drops
         if data is not None:
             marks = fingerprint(
                 jobs, run, first.batch if first else None,
                 batches=[max_batches, sample_batches, chosen_batches.total], mode=mode,
             ) if resume is not None else ""  # fmt: skip
-            _stream(run, chosen_batches, _shown(stack, progress), resume, marks)
-        parts = {
-            job.criterion.label: _scores(found, job, run, targets, previous, note) for job in jobs
-        }
+            shown = _shown(stack, progress if ranks.rank == 0 else callable(progress) and progress)
+            _stream(run, chosen_batches, ranks, shown, resume, marks)
+        with ranks.agreed("score"):
+            parts = {
+                job.criterion.label: _scores(found, job, run, targets, previous, note)
+                for job in jobs
+            }
+    if ranks.size > 1:
+        assert_same({label: part.values for label, part in parts.items()}, group, what="scores")
     scores = {c.label: _combined(c, parts) for c in asked}
     return next(iter(scores.values())) if alone else scores
 
@@ -197,41 +224,10 @@ def _check_train_mode(model: nn.Module, chosen: Sequence[Criterion]) -> None:
         )
 
 
-class _Chosen:
-    """The batches that are used, with their numbers; re-iterable."""
-
-    def __init__(
-        self,
-        batches: Batches | None,
-        model: nn.Module,
-        max_batches: int | None,
-        sample_batches: int | None,
-        seed: int,
-    ) -> None:
-        self._batches, self._device = batches, model_device(model)
-        known = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-        self._only: frozenset[int] | None = None
-        self._first = max_batches
-        if sample_batches is None:
-            self.total = max_batches if known is None else min(known, max_batches or known)
-            return
-        if known is None:
-            raise ConfigError(
-                "sample_batches draws from batches with a length; these have none: use max_batches"
-            )
-        drawn = np.random.default_rng(seed).permutation(known)[:sample_batches]
-        self._only, self.total = frozenset(drawn.tolist()), len(drawn)
-
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        assert self._batches is not None
-        for i, batch in enumerate(iterate(self._batches, self._device, self._first)):
-            if self._only is None or i in self._only:
-                yield i, batch
-
-
 def _stream(
     run: Pass,
-    batches: _Chosen,
+    batches: ChosenBatches,
+    ranks: Ranks,
     progress: Progress | None,
     resume: str | Path | None,
     marks: str,
@@ -244,14 +240,17 @@ def _stream(
     done = (turn, skip)
     try:
         for now in range(turn, run.turns):
-            for count, (number, batch) in enumerate(islice(batches, skip, None), start=skip + 1):
-                run.batch(now, Run(number, batch))
-                done = (now, count)
-                if progress is not None:
-                    progress(begun + count, total)
-                if path is not None and time.monotonic() - saved > SAVE_EVERY:
-                    write_partial(path, run, done, marks)
-                    saved, written = time.monotonic(), done
+            with ranks.agreed("scoring the batches"):
+                numbered = enumerate(islice(batches, skip, None), start=skip + 1)
+                for count, (number, batch) in numbered:
+                    run.batch(now, Run(number, batch))
+                    done = (now, count)
+                    if progress is not None:
+                        progress(begun + count, total)
+                    if path is not None and time.monotonic() - saved > SAVE_EVERY:
+                        write_partial(path, run, done, marks)
+                        saved, written = time.monotonic(), done
+            run.merge(ranks)
             begun, skip = begun + (batches.total or 0), 0
             done = (now + 1, 0)
     except BaseException:

@@ -15,8 +15,12 @@ import typer
 if TYPE_CHECKING:
     from secateurs.ablation import Intended
     from secateurs.recipe import Recipe
+    from secateurs.report.data import Report
     from secateurs.runner import Problem
     from secateurs.types import Graph
+
+CHECKPOINTS = "checkpoints"
+"""Folder in the directory of the results, while a run is not finished."""
 
 
 def run(
@@ -46,17 +50,24 @@ def run(
         False, "--dry-run", help="Check everything and print the plan; train and write nothing."
     ),
     force: bool = typer.Option(False, "--force", help="Overwrite earlier results."),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on with a run that was interrupted, from its last checkpoint."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Prune by a recipe and write model, plan, recipe and report to a directory."""
     from secateurs.bars import bar
+    from secateurs.checkpoints import Checkpoints
     from secateurs.cli.controls import compare, comparison
-    from secateurs.cli.output import before_after, prints_to_stderr, stderr, stdout
+    from secateurs.cli.output import prints_to_stderr
+    from secateurs.errors import BudgetError, ConfigError
     from secateurs.recipe import read_recipe
     from secateurs.report import check_available
+    from secateurs.report.data import Report
     from secateurs.runner import (
         check_output,
         check_recipe,
+        is_complete,
         load_problem,
         run_recipe,
         write_results,
@@ -69,32 +80,67 @@ def run(
     where = out or Path("runs") / (f"{recipe.stem}-controls" if parsed.controls else recipe.stem)
     check_available()
     if parsed.controls:
+        if resume:
+            raise ConfigError(
+                "--resume is for a single run: a comparison with controls goes on by itself when "
+                "the same command is given again without --force"
+            )
         compare(parsed, base, where, dry_run=dry_run, force=force, as_json=as_json)
         return
-    check_output(where, force or dry_run)
     if dry_run:
+        check_output(where, force=True)
         with prints_to_stderr():
             problem = load_problem(parsed, base, train=False)
             graph = check_recipe(parsed, problem)
         describe(parsed, problem, graph, where, as_json)
         return
-    with prints_to_stderr(), bar(parsed.task or "model") as step:
-        step("load (a task is trained the first time)", 0, 1)
-        problem = load_problem(parsed, base, progress=step)
-        result = run_recipe(parsed, problem, out=str(where), progress=step)
-        files = write_results(result, parsed, where, force=force)
+    kept = Checkpoints(where / CHECKPOINTS, say=_tell)
+    if is_complete(parsed, where, kept, resume=resume, force=force):
+        _tell(f"{where} is complete: nothing is left to do")
+        text = (where / "report.json").read_text(encoding="utf-8")
+        show(Report.from_dict(json.loads(text)), as_json)
+        return
+    try:
+        with prints_to_stderr(), bar(parsed.task or "model") as step:
+            step("load (a task is trained the first time)", 0, 1)
+            problem = load_problem(parsed, base, progress=step)
+            result = run_recipe(
+                parsed, problem, out=str(where), progress=step, checkpoint=kept, resume=resume
+            )
+            files = write_results(result, parsed, where, force=force or resume)
+    except KeyboardInterrupt:
+        if kept.files:
+            _tell(f"{kept.files[-1]} holds what was done: the same command with --resume goes on")
+        raise
+    except BudgetError:  # the end of this recipe: another one cannot go on from there
+        kept.clear()
+        raise
+    kept.clear()
+    show(result.report, as_json)
+    _tell(f"written: {', '.join(str(f) for f in files)}")
+
+
+def _tell(text: str) -> None:
+    from secateurs.cli.output import stderr
+
+    stderr().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show(report: Report, as_json: bool) -> None:
+    """Print a report to stdout."""
+    from secateurs.cli.output import before_after, stdout
+
     if as_json:
-        typer.echo(json.dumps(result.report.to_dict(), indent=1, allow_nan=False))
+        typer.echo(json.dumps(report.to_dict(), indent=1, allow_nan=False))
         return
     console = stdout()
-    console.print(result.report.headline, highlight=False)
-    console.print(before_after(result.report))
-    for note in result.report.notes:
+    console.print(report.headline, highlight=False)
+    console.print(before_after(report))
+    for note in report.notes:
         console.print(note, style="dim", highlight=False, markup=False)
     console.print("\nTry next:")
-    for line in result.report.next_steps:
+    for line in report.next_steps:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    stderr().print(f"written: {', '.join(str(f) for f in files)}", highlight=False)
 
 
 def describe(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateurs.errors import ConfigError, choose
@@ -175,6 +175,7 @@ class FinetuneResult:
         steps: optimizer steps.
         stopped_early: whether patience ended the training.
         seconds: wall time, with evaluation.
+        masks: what was held at the end; a `Part` may have moved them.
     """
 
     history: tuple[EpochRow, ...]
@@ -184,3 +185,4 @@ class FinetuneResult:
     steps: int
     stopped_early: bool
     seconds: float
+    masks: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)

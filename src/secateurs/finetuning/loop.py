@@ -5,27 +5,39 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateurs.batches import (
-    batch_size,
     checked_loss,
     in_mode,
-    iterate,
     model_device,
 )
-from secateurs.errors import ConfigError, DataError, ScoringError
+from secateurs.checkpoints import (
+    Checkpoints,
+    Interrupt,
+    Keeper,
+    flatten,
+    interrupts_wait,
+    random_state,
+    set_random_state,
+)
+from secateurs.distributed import Group, ranks_of
+from secateurs.errors import ConfigError, ScoringError
 from secateurs.finetuning.clock import Clock, clock_of, lr_factor
-from secateurs.finetuning.config import OPTIMIZERS, EpochRow, Finetune, FinetuneResult
+from secateurs.finetuning.config import EpochRow, Finetune, FinetuneResult
 from secateurs.finetuning.distillation import Distillation, taught_by
 from secateurs.finetuning.parts import Part, Training
-from secateurs.finetuning.state import restore_, snapshot
-from secateurs.masks import HeldMasks, hold_masks
+from secateurs.finetuning.resuming import Place, read_on, training_marks
+from secateurs.finetuning.sharing import Sharing
+from secateurs.finetuning.starting import build_optimizer, check_arguments, seeded
+from secateurs.finetuning.state import load_optimizer_, restore_, snapshot
+from secateurs.masks import HeldMasks, hold_masks, named_tensors
 from secateurs.types import Batches, Evaluate, LossFn
 
 __all__ = ["finetune"]
@@ -46,6 +58,9 @@ def finetune(
     recut: Callable[[int], Mapping[str, Tensor] | None] | None = None,
     parts: Sequence[Part] = (),
     progress: Callable[[EpochRow], object] | None = None,
+    checkpoint: Checkpoints | Keeper | None = None,
+    resume: bool = False,
+    group: Group = None,
 ) -> FinetuneResult:
     """Train `model` IN PLACE and say what happened.
 
@@ -78,12 +93,26 @@ def finetune(
             Masks only grow: see `HeldMasks`. The best epoch is then the best after the last cut.
         parts: what takes part in each step beside the loss, in this order: see `Part`.
         progress: called with each finished `EpochRow`; None = silent.
+        checkpoint: where checkpoints go, and a last one at the end. The first Ctrl-C then ends
+            the training after the step that is under way, with a checkpoint.
+        resume: go on from the newest checkpoint, with the arguments of the start (a new model with
+            the weights from before the training, a new optimizer). On a CPU the result is bit for
+            bit that of a training without interruption. What it needs of the data: read again
+            from the same random state of torch, numpy and Python it gives the same batches, as
+            lists and DataLoaders do.
+        group: "world" or a process group: every rank gives its own batches, of any number, and the
+            same model in DDP or sharded by `fully_shard`. Each step follows the mean over the
+            samples of all ranks. `evaluate` is called on every rank, with the plain model and the
+            buffers of rank 0; what it says on rank 0 counts. A seed is shifted by the rank.
 
     Raises:
-        ConfigError: arguments that contradict each other, or masks that do not fit.
+        ConfigError: arguments that contradict each other, masks that do not fit, checkpoints of
+            another training, or checkpoints that are there and `resume` is not set.
+        FileFormatError: a checkpoint cannot be written (the disk is full), or none can be read.
         DataError, CaptureError: a batch does not fit the model or the loss.
         ScoringError: loss, weights or metric not finite; names epoch and batch.
         SoundnessError: a removed entry is not zero at the end.
+        RankError: another rank failed or is gone, or begins with other weights, masks or settings.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -93,20 +122,38 @@ def finetune(
         >>> result.history[-1].train_loss < result.history[0].train_loss
         True
     """
-    started = time.perf_counter()
-    _check_arguments(model, batches, config, teacher, evaluate)
+    check_arguments(model, batches, config, teacher, evaluate)
     if recut is not None and config.patience is not None:
         raise ConfigError("finetune: patience could stop before the last recut; leave it away")
-    clock = clock_of(config, batches)
-    optimizer = optimizer or _build_optimizer(model, config)
+    sharing = Sharing(model, ranks_of(group))
+    if checkpoint is not None and sharing.ranks.size > 1:
+        raise ConfigError(
+            "finetune: checkpoint= is written by one process; several write save_sharded"
+        )
+    clock = clock_of(config, sharing.counted(batches))
+    optimizer = optimizer or build_optimizer(model, config)
     before = snapshot(model)
     taught = None if teacher is None else taught_by(teacher, model, config)
+    keeper: Keeper | None
+    if isinstance(checkpoint, Checkpoints):
+        marks = training_marks(
+            model, batches, config, masks=masks, teacher=None if taught is None else taught.teacher,
+            optimizer=optimizer, seed=seed, functions=[loss_fn, evaluate, *map(type, parts)],
+        )  # fmt: skip
+        keeper = checkpoint.keeper(marks, resume=resume)
+    else:
+        keeper = checkpoint
     loop = _Loop(
-        model, loss_fn, config, taught, evaluate, maximize, optimizer, clock, recut, tuple(parts)
-    )
+        model, loss_fn, config, taught, evaluate, maximize, optimizer, clock, recut, tuple(parts),
+        keeper, sharing,
+    )  # fmt: skip
+    sharing.start(masks, [config, seed, maximize])
     try:
         with ExitStack() as stack:
-            stack.enter_context(_random_state(seed))
+            stack.enter_context(seeded(None if seed is None else seed + sharing.ranks.rank))
+            stack.enter_context(sharing.named())
+            if keeper is not None:
+                loop.interrupt = stack.enter_context(interrupts_wait())
             stack.enter_context(torch.enable_grad())
             stack.enter_context(in_mode(model, training=True))
             if taught is not None:
@@ -115,10 +162,17 @@ def finetune(
             if optimizer is not None:
                 for part in loop.parts:
                     part.start(Training(model, optimizer, loop.held, clock.n_steps))
+            if keeper is not None:
+                saved, keeper.saved = keeper.saved, None
+                loop.go_on(saved, batches)
             for row in loop.epochs(batches):
                 if progress is not None:
                     progress(row)
+                loop.leave(batches)
+            if isinstance(checkpoint, Checkpoints):
+                loop.leave(batches, must=True)
             loop.finish()
+            sharing.settle()
             loop.held.check()
     except ScoringError as error:
         restore_(model, before)
@@ -129,7 +183,7 @@ def finetune(
     finally:
         loop.set_lr(1.0)
         _clear_gradients(model)
-    return loop.result(time.perf_counter() - started)
+    return loop.result(loop.seconds())
 
 
 @dataclass
@@ -146,17 +200,27 @@ class _Loop:
     clock: Clock
     recut: Callable[[int], Mapping[str, Tensor] | None] | None
     parts: tuple[Part, ...]
+    keeper: Keeper | None
+    sharing: Sharing
     held: HeldMasks | None = None
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    place: Place = field(default_factory=Place)
+    started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     stopped_early: bool = False
     best: EpochRow | None = None
     best_state: dict[str, Tensor] | None = None
+    best_masks: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.history: list[EpochRow] = []
-        self.groups = self.optimizer.param_groups if self.optimizer else []
         self.base_lrs = [group["lr"] for group in self.groups]
         self.trained = [p for group in self.groups for p in group["params"]]
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the optimizer: others after its state was loaded."""
+        return self.optimizer.param_groups if self.optimizer else []
 
     def epochs(self, batches: Batches) -> Iterator[EpochRow]:
         """Train; yield a row after each pass."""
@@ -167,48 +231,112 @@ class _Loop:
             if (last is not None and epoch > last) or self.steps == last_step:
                 return
             self.set_lr()
-            lr = float(self.groups[0]["lr"])
+            if self.place.lr is None:
+                self.place.lr = float(self.groups[0]["lr"])
             loss = self._pass(batches, epoch, self.optimizer)
-            if not all(torch.isfinite(p).all() for p in self.trained):
-                raise ScoringError(f"epoch {epoch}: weights are not finite after its last step")
-            row = EpochRow(epoch, loss, self._metric(epoch), lr)
+            self.sharing.check_finite(self.trained, epoch)
+            row = EpochRow(epoch, loss, self._metric(epoch), self.place.lr)
             self._note(row)
+            self.place = Place()
             yield row
 
     def _pass(self, batches: Batches, epoch: int, optimizer: Optimizer) -> float:
         """One pass: a step after each group of batches; the last group may be smaller."""
-        total, n, group, in_group = 0.0, 0, 0, 0
+        place, group, in_group = self.place, 0, 0.0
+        device, keeps = model_device(self.model), self.keeper is not None
         _clear_gradients(self.model)
-        for i, (inputs, targets) in enumerate(iterate(batches, model_device(self.model))):
+        sharing = self.sharing
+        reader = read_on(batches, device, place, keeps=keeps, may_be_empty=sharing.ranks.size > 1)
+        for inputs, targets in sharing.in_step(reader):
             if not group:
                 self._cut()
                 for part in self.parts:
                     part.begin(self.steps)
-            where = f"epoch {epoch}, batch {i}"
+            where = f"epoch {epoch}, batch {place.batches}"
             objective = self.loss_fn
-            if self.teacher is not None:
-                objective = self.teacher.objective(self.loss_fn, inputs, where)
-            loss = checked_loss(self.model, (inputs, targets), objective, where)
-            size = batch_size(inputs)
-            total, n = total + loss.item() * size, n + size
+            with sharing.forward():
+                if self.teacher is not None:
+                    objective = self.teacher.objective(self.loss_fn, inputs, where)
+                loss = checked_loss(self.model, (inputs, targets), objective, where)
+            size = sharing.size
+            place.total += loss.item() * size
+            place.samples, place.batches = place.samples + size, place.batches + 1
             if self.config.full_batch or self.config.accumulate > 1:
                 torch.autograd.backward(loss * size)
-                group, in_group = group + 1, in_group + size
+                group, in_group = group + 1, in_group + sharing.samples
                 if self.config.full_batch or group < self.config.accumulate:
                     continue
                 self._mean_over(in_group)
             else:
-                torch.autograd.backward(loss)
+                torch.autograd.backward(loss if sharing.weight == 1 else loss * sharing.weight)
             self._step(optimizer)
             group, in_group = 0, 0
             if self.steps == self.config.steps:
                 break
+            self.leave(batches)
         if group:
             self._mean_over(in_group)
             self._step(optimizer)
-        return total / n
+        return sharing.mean(place.total, place.samples)
 
-    def _mean_over(self, n: int) -> None:
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def leave(self, batches: Batches, *, must: bool = False) -> None:
+        """Between two steps: write a checkpoint if it is time, and stop if Ctrl-C was pressed."""
+        if self.keeper is None:
+            return
+        if must or self.interrupt.asked or self.keeper.due(self.steps):
+            self.keeper.save(self.steps, self.state(batches))
+        if self.interrupt.asked:
+            raise KeyboardInterrupt
+
+    def state(self, batches: Batches) -> dict[str, Any]:
+        """Everything that the rest of the training depends on."""
+        return {
+            "weights": named_tensors(self.model),
+            "masks": self.held.masks if self.held else {},
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+            "base_lrs": self.base_lrs,
+            "steps": self.steps,
+            "history": [asdict(row) for row in self.history],
+            "best": asdict(self.best) if self.best else None,
+            "best_state": self.best_state,
+            "best_masks": self.best_masks,
+            "stopped_early": self.stopped_early,
+            "place": self.place.state(),
+            "parts": [part.state() for part in self.parts],
+            "random": random_state(batches),
+            "seconds": self.seconds(),
+        }
+
+    def go_on(self, saved: Any, batches: Batches) -> None:
+        """Take over a state; without one, see that there will be no surprise when one is saved."""
+        if saved is None:
+            flatten(self.state(batches))
+            return
+        if self.held is not None:  # first: what is loaded into an optimizer is masked at once
+            self.held.replace(saved["masks"])
+        restore_(self.model, saved["weights"])
+        if self.optimizer is not None:
+            load_optimizer_(self.optimizer, saved["optimizer"])
+        self.base_lrs, self.steps = saved["base_lrs"], saved["steps"]
+        self.history = [EpochRow(**row) for row in saved["history"]]
+        self.best = EpochRow(**saved["best"]) if saved["best"] else None
+        self.best_state, self.stopped_early = saved["best_state"], saved["stopped_early"]
+        self.best_masks = saved["best_masks"]
+        self.place = Place(**saved["place"])
+        for part, held in zip(self.parts, saved["parts"], strict=True):
+            part.load(held)
+        self.started -= saved["seconds"]
+        set_random_state(saved["random"], batches)
+
+    def seconds(self) -> float:
+        """Since the start, without the time between an interruption and going on."""
+        return time.perf_counter() - self.started
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def _mean_over(self, n: float) -> None:
         """From the gradient of a sum over samples to that of their mean."""
         for parameter in self.trained:
             if parameter.grad is not None:
@@ -219,6 +347,7 @@ class _Loop:
         larger = None if self.recut is None else self.recut(self.steps)
         if larger is not None:
             assert self.held is not None
+            self.sharing.same(larger)
             self.held.grow(larger)
             self.best, self.best_state = None, None  # they belong to a larger network
 
@@ -246,7 +375,7 @@ class _Loop:
         if self.evaluate is None:
             return None
         with in_mode(self.model, training=False), torch.no_grad():
-            answer = self.evaluate(self.model)
+            answer = self.sharing.evaluated(self.evaluate)
         if isinstance(answer, Mapping):
             if not answer:
                 raise ConfigError("evaluate returned an empty dict; its first entry is the metric")
@@ -264,13 +393,17 @@ class _Loop:
         best = -math.inf if self.best is None else sign * (self.best.metric or 0.0)
         if self.best is None or sign * row.metric > best:
             self.best = row
-            self.best_state = snapshot(self.model) if self.config.restore_best else None
+            if self.config.restore_best:
+                self.best_state = snapshot(self.model)
+                self.best_masks = self.held.masks if self.held else None
         patience = self.config.patience
         self.stopped_early = patience is not None and row.epoch - self.best.epoch >= patience
 
     def finish(self) -> None:
         """Load the best weights if asked; without any epoch, evaluate the model as it is."""
         if self.best_state is not None:
+            if self.parts and self.held is not None and self.best_masks is not None:
+                self.held.replace(self.best_masks)  # parts may have moved them since
             restore_(self.model, self.best_state)
         if not self.history and self.evaluate is not None:
             self.best = EpochRow(0, math.nan, self._metric(0), 0.0)
@@ -286,50 +419,8 @@ class _Loop:
             steps=self.steps,
             stopped_early=self.stopped_early,
             seconds=seconds,
+            masks=self.held.masks if self.held else {},
         )
-
-
-def _check_arguments(
-    model: nn.Module,
-    batches: Batches,
-    config: Finetune,
-    teacher: nn.Module | Distillation | None,
-    evaluate: Evaluate | None,
-) -> None:
-    """Raise one error for all arguments that contradict each other."""
-    problems = []
-    if config.distills and teacher is None:
-        given = f"distill={config.distill:g}" if config.distill else f"hidden={config.hidden:g}"
-        problems.append(f"{given} needs teacher=, the model to distill from")
-    if teacher is not None and not config.distills:
-        problems.append("a teacher without effect: set Finetune(distill=) or (hidden=) above 0")
-    if teacher is model:
-        problems.append("teacher is the model itself: give copy.deepcopy of the dense model")
-    if evaluate is None and (config.patience is not None or config.restore_best):
-        problems.append("patience and restore_best need evaluate=")
-    if problems:
-        raise ConfigError("finetune: " + "; ".join(problems))
-    if isinstance(batches, Iterator):
-        raise DataError("batches can be read only once (a generator): pass a list or a DataLoader")
-
-
-def _build_optimizer(model: nn.Module, config: Finetune) -> Optimizer | None:
-    """The configured optimizer; None when there is no step to take."""
-    if config.steps == 0 or config.n_epochs == 0:
-        return None
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ConfigError("no parameter of the model requires a gradient: nothing to train")
-    return OPTIMIZERS[config.optimizer](trainable, config)
-
-
-@contextmanager
-def _random_state(seed: int | None) -> Iterator[None]:
-    """Run under a seed and restore the caller's random state; None = the caller's own."""
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
 
 
 def _clear_gradients(model: nn.Module) -> None:

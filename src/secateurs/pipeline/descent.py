@@ -7,17 +7,17 @@ size and the first bad one. Every try starts from the last good model and is cut
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from secateurs.allocation import allocate
 from secateurs.errors import BudgetError
+from secateurs.pipeline.points import Point, Ranking
 from secateurs.pipeline.request import given
-from secateurs.pipeline.run import Point, Ranking, Run
 from secateurs.pipeline.stage import FINER, Stage
-from secateurs.types import Batches, Budget, Counts
+from secateurs.pipeline.walk import End, Walk
+from secateurs.types import Budget, Counts
 
-__all__ = ["descend", "unchanged"]
+__all__ = ["Descent", "unchanged"]
 
 SHARE = 0.8
 """What a coarse step leaves of what was left."""
@@ -25,33 +25,6 @@ CLOSE = 0.02
 """Gap between the last good size and the first bad one that is small enough, relative."""
 TRAIL = 6
 """Good states that a descent with a margin remembers: 0.8^4 is less than a half."""
-
-
-def descend(
-    run: Run, stage: Stage, samples: Batches, *, margin: float = 1.0
-) -> tuple[Ranking, Counts]:
-    """The smallest good model that was found; ranking and counts of its last step.
-
-    Args:
-        margin: above 1, the smallest good model that is at least that many times as large as the
-            smallest that was tried, and no finer steps unless nothing was good.
-
-    Raises:
-        BudgetError: no step is good, or the sizes that are asked for as well cannot be reached.
-    """
-    search = _Descent(run, stage, samples, trail=TRAIL if margin > 1 else 1)
-    for fraction in search.path():
-        if not search.attempt(fraction):
-            break
-    stepped = margin > 1 and search.step_back(margin)
-    for _ in range(0 if stepped else FINER):
-        if search.bad is None or search.close():
-            break
-        search.attempt((search.good + search.bad) / 2)
-    search.conclude()
-    assert search.point.ranking is not None
-    assert search.point.counts is not None
-    return search.point.ranking, search.point.counts
 
 
 def unchanged(stage: Stage, ranking: Ranking, point: Point) -> Counts:
@@ -62,50 +35,127 @@ def unchanged(stage: Stage, ranking: Ranking, point: Point) -> Counts:
     )
 
 
-class _Descent:
-    """Between what is good and what is too much; sizes as fractions of the whole cut."""
+@dataclass
+class Descent(Walk):
+    """To the smallest good model that is found; sizes are fractions of the whole cut.
 
-    def __init__(self, run: Run, stage: Stage, samples: Batches, *, trail: int) -> None:
-        assert isinstance(stage.budget, Budget)
-        assert stage.budget.metric_drop is not None
-        self.run, self.stage, self.samples = run, stage, samples
-        self.limit = stage.budget.metric_drop
-        self.first = run.rank(stage, samples)
-        self.next: Ranking | None = self.first
-        start = run.point()
-        self.left = unchanged(stage, self.first, start)
-        self.point = Point(start.weights, start.plan, self.first, self.left, start.row)
-        self.trail: deque[Point] = deque(maxlen=trail)
-        self.good, self.told = 0.0, ""
-        self.bad: float | None = None
-        self.bad_counts: Counts | None = None
-        self.ended = False
+    Attributes:
+        margin: above 1, the end is the smallest good model that is at least that many times as
+            large as the smallest that was tried, with no finer steps unless nothing was good.
+        next: ranking of what the last good model has left, once it is known.
+        start: the state before the stage.
+        point: the last good state; `trail` holds those before it too.
+        fraction: of the cut, that is being tried.
+        good: of the last good state; `bad` of the first that lost too much, with its counts.
+        told: why that was undone, in words.
+        tries: coarse steps, and `finer` ones; `over` when the coarse ones have ended.
+        remaining: what the last coarse step was to leave, at least `smallest`.
+        ended: whether every target keeps its fewest units.
+    """
 
-    def path(self) -> Iterator[float]:
-        """Fractions of the cut, coarse: by equal shares of what is left, or along the schedule."""
+    margin: float = 1.0
+    next: Ranking | None = None
+    start: Point | None = None
+    point: Point | None = None
+    trail: list[Point] = field(default_factory=list)
+    fraction: float = 0.0
+    good: float = 0.0
+    bad: float | None = None
+    bad_counts: Counts | None = None
+    told: str = ""
+    tries: int = 0
+    finer: int = 0
+    over: bool = False
+    remaining: float = 1.0
+    smallest: float = 0.0
+    ended: bool = False
+
+    def go(self) -> End:
+        """The smallest good model that was found; ranking and counts of its last step.
+
+        Raises:
+            BudgetError: no step is good, or the sizes that are asked for cannot be reached.
+        """
+        if self.start is None:
+            self.begin()
+        self.coarse()
+        if self.finer or self.margin <= 1 or not self.step_back():
+            self.halve()
+        self.conclude()
+        point = self.last
+        assert point.ranking is not None
+        assert point.counts is not None
+        return point.ranking, point.counts
+
+    def begin(self) -> None:
+        """Score, and remember where the descent starts."""
+        run, stage = self.run, self.stage
+        self.first = self.next = run.rank(stage, self.samples)
+        now = run.point()
+        left = unchanged(stage, self.first, now)
+        self.start = self.point = Point(now.weights, now.plan, self.first, left, now.row)
+        if stage.searches:
+            self.smallest, self.remaining = self.least(), left.realised[stage.smallest_in]
+
+    @property
+    def last(self) -> Point:
+        """The last good state."""
+        assert self.point is not None
+        return self.point
+
+    @property
+    def limit(self) -> float:
+        """How much worse the metric may get."""
+        assert isinstance(self.stage.budget, Budget)
+        assert self.stage.budget.metric_drop is not None
+        return self.stage.budget.metric_drop
+
+    def coarse(self) -> None:
+        """Steps along the path until one is too much, or the path ends."""
+        while not self.over:
+            if self.fresh is not None:
+                good = self.judge()
+            else:
+                fraction = self.following()
+                good = fraction is not None and self.attempt(fraction)
+            self.over = not good
+            self.run.leave(must=True)
+
+    def halve(self) -> None:
+        """Finer steps between the last good size and the first bad one."""
+        while self.fresh is not None or (
+            self.finer < FINER and self.bad is not None and not self.close()
+        ):
+            if self.fresh is not None:
+                self.judge()
+            else:
+                assert self.bad is not None
+                self.finer += 1
+                self.attempt((self.good + self.bad) / 2)
+            self.run.leave(must=True)
+
+    def following(self) -> float | None:
+        """The next fraction of the cut: by equal shares of what is left, or along the schedule."""
         if not self.stage.searches:
-            yield from self.path_to_sizes()
-            return
-        least, remaining = self.least(), self.left.realised[self.stage.smallest_in]
-        for _ in range(self.stage.steps.steps):
-            remaining = max(least, remaining * SHARE)
-            self.ended = remaining == least
-            yield 1 - remaining
-            if self.ended:
-                return
+            fractions = self.path_to_sizes()
+            self.tries += 1
+            return fractions[self.tries - 1] if self.tries <= len(fractions) else None
+        if self.ended or self.tries == self.stage.steps.steps:
+            return None
+        self.tries += 1
+        self.remaining = max(self.smallest, self.remaining * SHARE)
+        self.ended = self.remaining == self.smallest
+        return 1 - self.remaining
 
-    def path_to_sizes(self) -> Iterator[float]:
+    def path_to_sizes(self) -> list[float]:
         """Fractions of the cut that end at the sizes of the budget."""
         schedule = self.stage.steps
         if schedule.curve != "exponential":
-            yield from schedule.fractions()
-            return
+            return list(schedule.fractions())
         run = self.run
         final = min(self.stage.final_fractions(run.graph, run.dense_ms).values())
         n = min(schedule.steps, max(1, math.ceil(math.log(final) / math.log(SHARE) - 1e-9)))
-        for i in range(1, n):
-            yield (1 - final ** (i / n)) / (1 - final)
-        yield 1.0
+        return [*((1 - final ** (i / n)) / (1 - final) for i in range(1, n)), 1.0]
 
     def asked(self, fraction: float) -> Budget:
         """The sizes at a fraction of the cut."""
@@ -116,7 +166,7 @@ class _Descent:
 
     def least(self) -> float:
         """What remains when every target keeps its fewest units, by the present ranking."""
-        return self.stage.fewest(self.ranking().scores, self.point.plan).realised[
+        return self.stage.fewest(self.ranking().scores, self.last.plan).realised[
             self.stage.smallest_in
         ]
 
@@ -125,37 +175,48 @@ class _Descent:
         if self.next is None and self.stage.steps.rescore:
             self.next = self.run.rank(self.stage, self.samples)
         elif self.next is None:
-            self.next = self.first.without(self.point.plan)
+            assert self.first is not None
+            self.next = self.first.without(self.last.plan)
         return self.next
 
     def attempt(self, fraction: float) -> bool:
-        """Cut to a size from the last good model, heal, judge; False: rolled back."""
-        run, stage = self.run, self.stage
+        """Cut to a size from the last good model, heal, judge; False: too much."""
+        run, stage, known = self.run, self.stage, self.last.counts
+        self.fraction = fraction
         run.tell("prune", len(run.steps))
         ranking = self.ranking()
         counts = run.count(stage, ranking, self.asked(fraction), self.samples)
-        assert self.point.counts is not None
-        if counts.kept == self.point.counts.kept:  # no unit between the two sizes
+        assert known is not None
+        if counts.kept == known.kept:  # no unit between the two sizes
             self.good = fraction
             return True
         if self.bad_counts is not None and counts.kept == self.bad_counts.kept:
             self.bad = fraction
             return False
-        run.take(ranking, counts, must=True)
-        masked = run.metric()
-        healed, loss = run.heal(stage)
-        known = None if stage.searches else fraction
-        run.note_step(counts, known, masked, healed=healed, loss=loss)
-        if run.exceeds(masked if healed is None else healed, self.limit):
-            self.told = run.roll_back(self.point, self.limit)
+        self.take(ranking, counts, must=True)
+        self.fresh, self.masked = (ranking, counts), run.metric()
+        run.leave()
+        return self.judge()
+
+    def judge(self) -> bool:
+        """Heal what was cut and measure it; False: it lost too much and was rolled back."""
+        run, stage = self.run, self.stage
+        assert self.fresh is not None
+        ranking, counts = self.fresh
+        healed, loss = run.heal(stage, before=self.before)
+        known = None if stage.searches else self.fraction
+        run.note_step(counts, known, self.masked, healed=healed, loss=loss)
+        self.fresh = None
+        if run.exceeds(self.masked if healed is None else healed, self.limit):
+            self.told = run.roll_back(self.last, self.limit)
             run.notes.append(self.told)
-            self.bad, self.bad_counts = fraction, counts
+            self.bad, self.bad_counts = self.fraction, counts
             return False
-        self.good, self.point, self.next = fraction, run.point(ranking, counts), None
-        self.trail.append(self.point)
+        self.good, self.point, self.next = self.fraction, run.point(ranking, counts), None
+        self.trail = [*self.trail, self.point][-(TRAIL if self.margin > 1 else 1) :]
         return True
 
-    def step_back(self, margin: float) -> bool:
+    def step_back(self) -> bool:
         """Go back to the smallest good model with a margin above the smallest that was tried.
 
         That one lost too much, or nobody knows how far it is from one that does.
@@ -165,6 +226,7 @@ class _Descent:
         """
         if not self.trail:
             return False
+        margin = self.margin
         quantity = self.stage.smallest_in
         sizes = [point.counts.realised[quantity] for point in self.trail if point.counts]
         tried = sizes[-1] if self.bad_counts is None else self.bad_counts.realised[quantity]
@@ -177,16 +239,16 @@ class _Descent:
             else f"no room for a margin: {quantity}={tried:.4g} lost too much, and no good model is"
             f" {margin:g} times as large; it is the largest that was cut"
         )
-        if point is not self.point:
+        if point.row != self.last.row:
             self.run.undo(point)
             self.point = point
         return True
 
     def close(self) -> bool:
         """Whether the last good and the first bad size hardly differ."""
-        assert self.point.counts is not None
+        assert self.last.counts is not None
         assert self.bad_counts is not None
-        good, bad = self.point.counts.realised, self.bad_counts.realised
+        good, bad = self.last.counts.realised, self.bad_counts.realised
         return all(good[q] - bad[q] <= CLOSE * good[q] for q in self.quantities())
 
     def quantities(self) -> tuple[str, ...]:
@@ -201,8 +263,9 @@ class _Descent:
             BudgetError: nothing good was found, or the sizes were not reached and had to be.
         """
         run, stage = self.run, self.stage
-        assert self.point.counts is not None
-        if self.point.counts is self.left:
+        assert self.last.counts is not None
+        assert self.start is not None
+        if self.last.row == self.start.row:
             if self.bad is None:
                 raise BudgetError(f"{given(stage.budget)} removes nothing: it is met already")
             raise BudgetError(
@@ -223,10 +286,10 @@ class _Descent:
 
     def reached(self) -> str:
         """The last good size and its metric in words."""
-        assert self.point.counts is not None
-        row = self.run.steps[self.point.row - 1]
+        assert self.last.counts is not None
+        row = self.run.steps[self.last.row - 1]
         metric = row.metric_masked if row.metric_healed is None else row.metric_healed
-        sizes = ", ".join(f"{q}={self.point.counts.realised[q]:.4g}" for q in self.quantities())
+        sizes = ", ".join(f"{q}={self.last.counts.realised[q]:.4g}" for q in self.quantities())
         name = next(iter(self.run.dense_metrics))
         drop = self.run.drop(metric)
         return (

@@ -13,11 +13,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from secateurs.bars import Progress, bar
+from secateurs.checkpoints import Checkpoints
 from secateurs.errors import ConfigError, choose
 from secateurs.filters import Patterns
 from secateurs.finetuning import Finetune, FinetuneResult
 from secateurs.pipeline.request import check_request, random_state
 from secateurs.pipeline.resolving import check_budget
+from secateurs.pipeline.resuming import run_marks
 from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
 from secateurs.pipeline.stepping import cut_all
@@ -54,7 +56,7 @@ class PruneResult:
         scores: of the last step that was kept.
         counts: of the last step that was kept.
         history: fine-tuning after each step, those that were rolled back included; one for all
-            steps of a stage with `Schedule(every=)`.
+            steps of a stage with `Schedule(every=)`; before them, that of `Stage(prepare=)`.
     """
 
     model: nn.Module
@@ -110,8 +112,8 @@ def prune(
         budget, threshold, criterion, granularity, schedule, finetune: see `Stage`.
         evaluate: `evaluate(model)` on validation data; a float or a dict.
         **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control`, `max_drop`,
-            `allow_missed` as in `Stage`, and the options of `prune_stages` (`include` and
-            `exclude` among them).
+            `allow_missed`, `prepare`, `penalty`, `repair`, `regrow` as in `Stage`, and the options
+            of `prune_stages` (`include` and `exclude` among them).
 
     Raises:
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
@@ -128,7 +130,7 @@ def prune(
     """
     known = {n for f in (prune, prune_stages) for n in inspect.signature(f).parameters}
     of_stage = ("allocation", "min_keep", "round_to", "homogeneous", "control", "max_drop",
-                "allow_missed")  # fmt: skip
+                "allow_missed", "prepare", "penalty", "repair", "regrow")  # fmt: skip
     for name in options:
         choose(name, {*of_stage, *known} - {"options", "stages"}, "option of prune")
     stage_options = {k: options.pop(k) for k in of_stage if k in options}
@@ -164,6 +166,8 @@ def prune_stages(
     seed: int = 0,
     latency: Sequence[int] | None = None,
     progress: Progress | bool = False,
+    checkpoint: Checkpoints | None = None,
+    resume: bool = False,
 ) -> PruneResult:
     """Several rounds in a row, e.g. weights first, then the structure that is left.
 
@@ -183,6 +187,12 @@ def prune_stages(
         seed: of noise, dropout and loaders without a generator, from 0 to 2**32 - 1.
         latency: batch sizes to time; None = not timed.
         progress: True draws a bar on stderr; a function is called with (what, done, total).
+        checkpoint: where checkpoints go: after each step, and inside long trainings as often as it
+            says. They stay when the run has ended, so that results that were not saved yet are
+            quickly made again; `checkpoint.clear()` removes them.
+        resume: go on from the newest checkpoint, with the arguments of the start. On a CPU the
+            result is bit for bit that of a run without interruption, for data that can be read
+            again: see `finetune`.
 
     Other arguments, and errors, as `prune`.
     """
@@ -197,6 +207,13 @@ def prune_stages(
         run = Run(
             model, batches, samples, loss_fn, graph, evaluate, maximize, seed, tell, example_inputs
         )
+        if checkpoint is not None:
+            asked = {
+                "stages": stages, "include": include, "exclude": exclude, "outputs": outputs,
+                "norm": norm, "form": form, "maximize": maximize, "seed": seed,
+                "functions": [loss_fn, evaluate],
+            }  # fmt: skip
+            run.remember(checkpoint.keeper(run_marks(run, asked), resume=resume))
         small = cut_all(run, stages, example_inputs, form=form, norm=norm)
         assert run.plan is not None
         run.tell("measure", run.total)

@@ -18,6 +18,7 @@ from secateurs.filters import Patterns
 from secateurs.finetuning import clock_of
 from secateurs.graph import trace
 from secateurs.latency import resize_batch
+from secateurs.pipeline.regrowing import mixed_stages
 from secateurs.pipeline.resolving import check_budget
 from secateurs.pipeline.stage import Stage
 from secateurs.schedules import Schedule
@@ -63,6 +64,9 @@ def check_request(
         check_budget(stage, evaluate is not None)
         _check_training(stage, model, batches, evaluate)
         _check_clock(stage, batches, calibration)
+        _check_repairs(stage, model)
+    for problem in mixed_stages(stages):
+        raise ConfigError(problem)
     check_batches(model, batches, loss_fn)
     if calibration is not None:
         check_batches(model, calibration, loss_fn)
@@ -106,20 +110,31 @@ def _check_training(
     """What fine-tuning and controls of a stage need from the model and the data."""
     if stage.control == "reinit":
         resets(model)
-    config = stage.finetune
-    if config is None or config.steps == 0 or config.epochs == 0:
-        return
-    if not any(p.requires_grad for p in model.parameters()):
+    for name, config in (("prepare", stage.prepare), ("finetune", stage.finetune)):
+        if config is None or config.steps == 0 or config.epochs == 0:
+            continue
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError(
+                f"{name}: no parameter of the model requires a gradient: nothing to train. "
+                f"Unfreeze some, or leave {name} away"
+            )
+        if evaluate is None and (config.patience is not None or config.restore_best):
+            raise ConfigError(f"{name}: patience and restore_best need evaluate=")
+        try:
+            clock = clock_of(config, batches)
+            if name == "prepare" and stage.penalty is not None:
+                stage.penalty.at(0, clock.n_steps)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+
+
+def _check_repairs(stage: Stage, model: nn.Module) -> None:
+    """Whether there is something to repair."""
+    measured = any(getattr(m, "running_mean", None) is not None for m in model.modules())
+    if "norms" in stage.repair and not measured:
         raise ConfigError(
-            "finetune: no parameter of the model requires a gradient: nothing to train. "
-            "Unfreeze some, or leave finetune away"
+            "repair: the model has no norm with running statistics; leave 'norms' away"
         )
-    if evaluate is None and (config.patience is not None or config.restore_best):
-        raise ConfigError("finetune: patience and restore_best need evaluate=")
-    try:
-        clock_of(config, batches)
-    except ConfigError as error:
-        raise ConfigError(f"finetune: {error}") from error
 
 
 def _check_clock(stage: Stage, batches: Batches, calibration: Batches | None) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from secateurs.bars import Progress, epoch_text
+from secateurs.checkpoints import Keeper
 from secateurs.controls import controlled_scores, null_scores, shuffled_targets
 from secateurs.errors import BudgetError
 from secateurs.finetuning import (
@@ -21,8 +23,12 @@ from secateurs.finetuning import (
 )
 from secateurs.latency import LatencyTable, fit_latency, measure_table
 from secateurs.masks import apply_masks_
+from secateurs.pipeline.points import Point, Ranking
+from secateurs.pipeline.regrowing import moved, told
 from secateurs.pipeline.request import given
+from secateurs.pipeline.resuming import Memory
 from secateurs.pipeline.stage import Stage
+from secateurs.regrowth import Regrowth
 from secateurs.report.assemble import metrics_of, remaining_of
 from secateurs.report.data import StepRow
 from secateurs.report.words import remaining_words
@@ -43,53 +49,14 @@ from secateurs.types import (
     Threshold,
 )
 
+if TYPE_CHECKING:
+    from secateurs.pipeline.walk import Walk
+
 __all__ = ["Point", "Ranking", "Run"]
 
 DOUBT = 0.1
 """How wrong a table may be about the smallest model before a latency is called out of reach."""
 Recut = Callable[[int], Mapping[str, Tensor] | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """What a step allocates by: scores, and for some thresholds those on shuffled labels."""
-
-    scores: Scores
-    null: Sequence[Scores] = ()
-
-    def without(self, plan: Plan | None) -> Ranking:
-        """The same ranking of what a plan has left."""
-        return Ranking(_left(self.scores, plan), [_left(s, plan) for s in self.null])
-
-
-def _left(scores: Scores, plan: Plan | None) -> Scores:
-    """Scores with -inf for what is removed."""
-    if plan is None:
-        return scores
-    targets = scores.graph.targets
-    values = {
-        name: line.masked_fill(plan.gone(targets[name]), float("-inf"))
-        for name, line in scores.values.items()
-    }
-    return replace(scores, values=values)
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """A state that a run can go back to.
-
-    Attributes:
-        weights: parameters and buffers by name.
-        plan: what is removed; None = nothing.
-        ranking, counts: of the step that led here; None before the first step of a stage.
-        row: number of the last step that was kept; 0 = none.
-    """
-
-    weights: Mapping[str, Tensor]
-    plan: Plan | None
-    ranking: Ranking | None = None
-    counts: Counts | None = None
-    row: int = 0
 
 
 class Run:
@@ -122,6 +89,9 @@ class Run:
         self.notes: list[str] = []
         self.last_scores: list[Scores] = []
         self.last_counts: list[Counts] = []
+        self.stages_done = 0
+        self.started = 0, 0
+        self.memory: Memory | None = None
         self.total = 0
         self.met = True
         self.dense_metrics = metrics_of(model, evaluate)
@@ -152,6 +122,31 @@ class Run:
         """Show progress."""
         if self.progress is not None:
             self.progress(what, done, self.total)
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def remember(self, keeper: Keeper) -> None:
+        """Leave checkpoints from now on; go on from the one that was found."""
+        self.memory = Memory(self, keeper)
+
+    @property
+    def enters_again(self) -> bool:
+        """Whether the run was left in the middle of the stage that comes now."""
+        return self.memory is not None and self.memory.within_stage
+
+    def enter(self, walk: Walk | None) -> None:
+        """The walk through a stage begins, goes on where it was left, or has ended (None)."""
+        if self.memory is not None:
+            self.memory.enter(walk)
+
+    def training(self) -> Keeper | None:
+        """Where the training that begins now leaves its checkpoints."""
+        return None if self.memory is None else self.memory.training()
+
+    def leave(self, *, must: bool = False) -> None:
+        """Here the run can be left: write a checkpoint if it is time, or must be."""
+        if self.memory is not None:
+            self.memory.leave(must=must)
 
     # --- what a step does ------------------------------------------------------------------------
 
@@ -273,24 +268,48 @@ class Run:
         if self.taught is not None:
             self.taught.plan = self.plan
 
-    def heal(self, stage: Stage, recut: Recut | None = None) -> tuple[float | None, float | None]:
-        """Fine-tune with the cut held; the metric and the training loss afterwards."""
+    @property
+    def cut_plan(self) -> Plan:
+        """What is removed, after the first cut."""
+        assert self.plan is not None
+        return self.plan
+
+    def heal(
+        self,
+        stage: Stage,
+        recut: Recut | None = None,
+        before: Mapping[str, Tensor] | None = None,
+    ) -> tuple[float | None, float | None]:
+        """Fine-tune with the cut held; the metric and the training loss afterwards.
+
+        Args:
+            stage: says how.
+            recut: makes cuts on the way.
+            before: weights from before the cut, for masks that move back.
+        """
         config = stage.finetune
         if config is None or (self.plan is None and recut is None):
             return None, None
         if config.distills:
             self.taught = distillation(self.model, config, graph=self.graph, plan=self.plan)
+        parts = []
+        if stage.regrow is not None:
+            parts = [Regrowth(stage.regrow, self.seed + len(self.steps), dense=before)]
         done = finetune(
             self.work, self.batches, self.loss_fn, config,
             masks=None if self.plan is None else self.plan.masks,
             teacher=self.taught, evaluate=self.evaluate,
             maximize=self.maximize, seed=self.seed + len(self.steps), recut=recut,
+            parts=parts, checkpoint=self.training(),
             progress=lambda row: self.tell(
                 epoch_text("heal", row.epoch, row.train_loss, row.metric), len(self.steps)
             ),
         )  # fmt: skip
         self.taught = None
-        self.history.append(done)
+        if parts:
+            self.plan = moved(self.cut_plan, done.masks)
+            self.notes += told(parts[0])
+        self.history.append(replace(done, masks={}))
         healed = self.metric() if config.restore_best else done.final_metric
         return healed, done.history[-1].train_loss if done.history else None
 

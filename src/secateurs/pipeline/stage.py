@@ -15,10 +15,15 @@ from secateurs.criteria import get_combination
 from secateurs.errors import BudgetError, ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.latency import LatencyTable
+from secateurs.penalties import Penalty
+from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.types import Budget, Counts, Graph, Plan, Scores, Threshold, expand_granularity
 
-__all__ = ["FINER", "TRIES", "Stage"]
+__all__ = ["FINER", "REPAIRS", "TRIES", "Stage"]
+
+REPAIRS = ("bias", "reconstruct", "norms")
+"""What `repair` may name, see `secateurs.pipeline.repairing`."""
 
 TRIES = 20
 """Steps at most towards `Budget(metric_drop=)` without sizes; `Schedule(steps=)` says otherwise."""
@@ -58,6 +63,14 @@ class Stage:
             first. None = no guard.
         allow_missed: give the nearest model to a budget that cannot be reached, instead of an
             error; the report then says that it was missed.
+        prepare: how to train before the first cut of the stage; None = not.
+        penalty: with `prepare`: what makes units small meanwhile. "growing" ranks and counts
+            before, at the final budget; those units are pushed to zero, and the cuts of the stage
+            follow that ranking, so that exactly they go.
+        repair: what mends the model right after each cut, without training and in this order:
+            "bias", "reconstruct", "norms". See `secateurs.posttraining`.
+        regrow: for single weights: how their masks move while `finetune` heals. The plan is then
+            that of the end.
 
     Raises:
         ConfigError: a name or a figure is wrong.
@@ -76,6 +89,10 @@ class Stage:
     control: str | None = None
     max_drop: float | None = None
     allow_missed: bool = False
+    prepare: Finetune | None = None
+    penalty: Penalty | None = None
+    repair: tuple[str, ...] = ()
+    regrow: Regrow | None = None
 
     def __post_init__(self) -> None:
         for name, kind, example in (
@@ -83,6 +100,9 @@ class Stage:
             ("threshold", Threshold, 'Threshold("mean")'),
             ("schedule", Schedule, 'Schedule("cubic", steps=5)'),
             ("finetune", Finetune, "Finetune(epochs=3)"),
+            ("prepare", Finetune, "Finetune(epochs=3)"),
+            ("penalty", Penalty, 'Penalty("group_lasso")'),
+            ("regrow", Regrow, 'Regrow("rigl")'),
         ):
             value = getattr(self, name)
             if name == "budget" and value == "auto":
@@ -111,8 +131,62 @@ class Stage:
             check_null(self.criterion)
         if self.control is not None:
             self._check_control(self.control)
-        for problem in (*self._guard_problems(), *self._clock_problems()):
+        for problem in (
+            *self._guard_problems(), *self._clock_problems(), *self._penalty_problems(),
+            *self._repair_problems(), *self._regrow_problems(),
+        ):  # fmt: skip
             raise ConfigError(problem)
+
+    def _penalty_problems(self) -> Iterator[str]:
+        """What keeps a penalty from working."""
+        if self.penalty is None:
+            return
+        if self.prepare is None or 0 in (self.prepare.epochs, self.prepare.steps):
+            yield "penalty= works while the network trains before the cut: give prepare="
+        if expand_granularity(self.granularity) == {"weight"}:
+            yield "penalty= makes structural units small, and only single weights are pruned"
+        if self.penalty.rule == "growing":
+            known = isinstance(self.budget, Budget) and self.budget.sizes
+            if not known or self.wants_drop or self.wants_latency:
+                yield (
+                    "Penalty('growing') must know which units go before they are cut: give a "
+                    "budget in units, params, macs or bytes alone, or take group_lasso"
+                )
+            if self.allocation == "sensitivity":
+                yield (
+                    "Penalty('growing') chooses units before the training, and "
+                    "allocation='sensitivity' measures again after it: take another allocation"
+                )
+
+    def _repair_problems(self) -> Iterator[str]:
+        """What keeps a repair from working."""
+        given: Any = self.repair
+        if isinstance(given, str):
+            yield f"repair is a list: repair=({given!r},)"
+            return
+        for name in self.repair:
+            choose(name, REPAIRS, "repair")
+        if self.repair and self.schedule is not None and self.schedule.every is not None:
+            yield (
+                f"repair= mends a model between cut and training, and Schedule(every="
+                f"{self.schedule.every!r}) cuts inside one: leave every away"
+            )
+        if self.repair and self.control == "reinit":
+            yield 'control="reinit" trains from fresh weights: there is nothing to repair'
+
+    def _regrow_problems(self) -> Iterator[str]:
+        """What keeps masks from moving."""
+        if self.regrow is None:
+            return
+        if expand_granularity(self.granularity) != {"weight"}:
+            yield "regrow= moves single weights: it needs granularity='weight'"
+        if self.finetune is None or 0 in (self.finetune.epochs, self.finetune.steps):
+            yield "regrow= moves masks while the network trains: give finetune="
+        if self.schedule is not None and self.schedule.every is not None:
+            yield (
+                f"regrow= and Schedule(every={self.schedule.every!r}) both move masks inside one "
+                "training: leave one of them away"
+            )
 
     def _guard_problems(self) -> Iterator[str]:
         """What is wrong with the guard and with what may be missed."""

@@ -1,12 +1,13 @@
 """How a run goes through a stage: rounds of cut and heal, cuts inside one training, or a descent.
 
-Each of the three ends with the ranking and the counts of the last step that was kept.
+Each of the three is a `Walk`: it ends with the ranking and the counts of the last step that was
+kept, and can be left and resumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,19 @@ from torch import Tensor, nn
 from secateurs.controls import reinitialise_
 from secateurs.errors import BudgetError, DataError
 from secateurs.finetuning import clock_of
-from secateurs.pipeline.descent import descend, unchanged
+from secateurs.pipeline.descent import Descent, unchanged
+from secateurs.pipeline.points import Point
+from secateurs.pipeline.preparing import prepare
 from secateurs.pipeline.request import given
 from secateurs.pipeline.resolving import AUTO_MARGIN, resolve_budget
-from secateurs.pipeline.run import Ranking, Run
+from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
+from secateurs.pipeline.walk import End, Walk
 from secateurs.surgery import shrink
 from secateurs.surgery.shrinking import info_of
-from secateurs.types import Batches, Counts, Graph, Inputs
+from secateurs.types import Counts, Graph, Inputs
 
 __all__ = ["cut_all", "cut_stage"]
-
-End = tuple[Ranking, Counts]
 
 
 def cut_all(
@@ -34,7 +36,10 @@ def cut_all(
     """All stages, then the smaller model, verified and in the mode of the dense one."""
     run.total = sum(stage.most_steps for stage in stages)
     for number, stage in enumerate(stages, start=1):
-        cut_stage(run, number, stage)
+        if number > run.stages_done:
+            cut_stage(run, number, stage)
+            run.stages_done = number
+            run.leave(must=True)
     assert run.plan is not None
     kept = "plain" if norm == "plain" else "exact"
     small = shrink(run.work, run.plan, example_inputs, form=form, norm=kept)
@@ -48,15 +53,20 @@ def cut_stage(run: Run, number: int, stage: Stage) -> None:
     margin = AUTO_MARGIN if stage.budget == "auto" else 1.0
     stage = resolve_budget(stage, run.dense_metric)
     samples = run.samples_of(stage)
-    before = 0 if run.plan is None else run.plan.n_removed
-    started = len(run.steps)
-    run.measure_widths(stage)
+    if not run.enters_again:
+        run.started = 0 if run.plan is None else run.plan.n_removed, len(run.steps)
+        run.measure_widths(stage)
+    before, started = run.started
     if stage.wants_drop:
-        ranking, counts = descend(run, stage, samples, margin=margin)
+        walk: Walk = Descent(run, stage, samples, margin=margin)
     elif stage.steps.every is not None:
-        ranking, counts = _within(run, stage, samples)
+        walk = Within(run, stage, samples)
     else:
-        ranking, counts = _rounds(run, stage, samples)
+        walk = Rounds(run, stage, samples)
+    run.enter(walk)
+    prepare(walk, number)
+    ranking, counts = walk.go()
+    run.enter(None)
     if why := stage.missed(ranking.scores, run.plan) if stage.allow_missed else "":
         run.met = False
         run.notes.append(f"stage {number}: the budget was missed, which was allowed: {why}")
@@ -74,47 +84,65 @@ def cut_stage(run: Run, number: int, stage: Stage) -> None:
     run.notes += [note for note in found if note not in run.notes]
 
 
-def _rounds(run: Run, stage: Stage, samples: Batches) -> End:
-    """Each step is healed by a fine-tuning of its own; the guard may end it early."""
-    schedule = stage.steps
-    first: list[Ranking] = []
+@dataclass
+class Rounds(Walk):
+    """Each step is healed by a fine-tuning of its own; the guard may end it early.
+
+    Attributes:
+        step: of the schedule, that is to be made.
+        end: of the last step that was kept.
+        good: the state before the step, to go back to.
+    """
+
+    step: int = 1
     end: End | None = None
-    for step in range(1, schedule.steps + 1):
+    good: Point | None = None
+
+    def go(self) -> End:
+        last = self.stage.steps.steps
+        while self.step <= last and (self.fresh is not None or self.remove()) and self.heal():
+            self.step += 1
+            if self.step <= last:
+                self.run.leave(must=True)
+        assert self.end is not None
+        return self.end
+
+    def remove(self) -> bool:
+        """The cut of a step; False when there is nothing left to cut."""
+        run, stage = self.run, self.stage
         run.tell("prune", len(run.steps))
-        good = run.point(*(end or ())) if stage.max_drop is not None else None
+        self.good = run.point(*(self.end or ())) if stage.max_drop is not None else None
         try:
-            ranking, counts = _cut(run, stage, step, samples, first)
+            ranking, counts = self.cut(self.step)
         except BudgetError as error:
-            if end is None or stage.control == "reinit":
+            if self.end is None or stage.control == "reinit":
                 raise
-            _stop_threshold(run, stage, step, error)
-            break
-        masked = run.metric()
-        if stage.control == "reinit" and step == schedule.steps:
+            _stop_threshold(run, stage, self.step, error)
+            return False
+        self.masked = run.metric()
+        if stage.control == "reinit" and self.step == stage.steps.steps:
             assert run.plan is not None
             reinitialise_(run.work, run.plan.masks, run.seed)
-        healed, loss = run.heal(stage)
-        run.note_step(counts, _fraction(stage, step), masked, healed=healed, loss=loss)
-        last, limit = masked if healed is None else healed, stage.max_drop
-        if good is not None and limit is not None and run.exceeds(last, limit):
-            told = run.roll_back(good, limit)
-            end = end or (ranking, unchanged(stage, ranking, good))
-            _stop_guarded(run, stage, step, told)
-            break
-        end = ranking, counts
-    assert end is not None
-    return end
+        self.fresh = ranking, counts
+        run.leave()
+        return True
 
-
-def _cut(run: Run, stage: Stage, step: int, samples: Batches, first: list[Ranking]) -> End:
-    """Score, allocate, select and zero what goes; `first` keeps the ranking of a single scoring."""
-    ranking = first[0].without(run.plan) if first else run.rank(stage, samples)
-    if not stage.steps.rescore and not first:
-        first.append(ranking)
-    asked = stage.asked_at(step, run.graph, run.dense_ms)
-    counts = run.count(stage, ranking, asked, samples)
-    run.take(ranking, counts, must=step == stage.steps.steps)
-    return ranking, counts
+    def heal(self) -> bool:
+        """The training after a cut; False when the guard has undone both."""
+        run, stage = self.run, self.stage
+        assert self.fresh is not None
+        ranking, counts = self.fresh
+        healed, loss = run.heal(stage, before=self.before)
+        fraction = _fraction(stage, self.step)
+        run.note_step(counts, fraction, self.masked, healed=healed, loss=loss)
+        last, limit = self.masked if healed is None else healed, stage.max_drop
+        if self.good is not None and limit is not None and run.exceeds(last, limit):
+            told = run.roll_back(self.good, limit)
+            self.end = self.end or (ranking, unchanged(stage, ranking, self.good))
+            _stop_guarded(run, stage, self.step, told)
+            return False
+        self.end, self.fresh = self.fresh, None
+        return True
 
 
 def _fraction(stage: Stage, step: int) -> float | None:
@@ -141,47 +169,62 @@ def _stop_guarded(run: Run, stage: Stage, step: int, told: str) -> None:
     run.notes.append(f"stopped at step {step} of {stage.steps.steps} by max_drop: {told}")
 
 
-def _within(run: Run, stage: Stage, samples: Batches) -> End:
-    """All cuts inside one fine-tuning: one optimizer, one learning-rate schedule."""
-    schedule, config = stage.steps, stage.finetune
-    assert config is not None
-    clock = clock_of(config, run.batches, needs=f"Schedule(every={schedule.every!r})")
-    assert clock.n_steps is not None
-    due = list(schedule.cuts(clock.n_steps, clock.per_epoch, clock.cycles))
-    ends: list[End] = []
-    first: list[Ranking] = []
+@dataclass
+class Within(Walk):
+    """All cuts inside one fine-tuning: one optimizer, one learning-rate schedule.
 
-    def recut(done: int) -> Mapping[str, Tensor] | None:
-        if not due or done < due[0]:
+    Attributes:
+        due: optimizer steps before which the cuts that are left are made; None at first.
+        made: cuts that were made.
+        end: of the last one.
+    """
+
+    due: list[int] | None = None
+    made: int = 0
+    end: End | None = None
+
+    def go(self) -> End:
+        run, schedule, config = self.run, self.stage.steps, self.stage.finetune
+        assert config is not None
+        if self.due is None:
+            clock = clock_of(config, run.batches, needs=f"Schedule(every={schedule.every!r})")
+            assert clock.n_steps is not None
+            self.due = list(schedule.cuts(clock.n_steps, clock.per_epoch, clock.cycles))
+        healed, loss = run.heal(self.stage, self.recut)
+        if self.due:
+            raise DataError(
+                f"the fine-tuning ended after {run.history[-1].steps} optimizer steps, before the "
+                f"cut at {self.due[0]}: there are fewer batches than their length says"
+            )
+        run.steps[-1] = replace(run.steps[-1], metric_healed=healed, loss=loss)
+        assert self.end is not None
+        return self.end
+
+    def recut(self, done: int) -> Mapping[str, Tensor] | None:
+        """Called before each optimizer step: larger masks where a cut is due."""
+        run, stage = self.run, self.stage
+        if not self.due or done < self.due[0]:
             return None
         run.tell("prune", len(run.steps))
-        step = len(ends) + 1
+        step = self.made + 1
         with torch.random.fork_rng():  # the training goes on as if nobody had looked
             torch.manual_seed(run.seed + len(run.steps))
-            if ends:
+            if self.made:
                 run.steps[-1] = replace(run.steps[-1], metric_healed=run.metric())
             try:
-                ends.append(_cut(run, stage, step, samples, first))
+                self.end = self.cut(step)
             except BudgetError as error:
-                if not ends:
+                if not self.made:
                     raise
                 _stop_threshold(run, stage, step, error)
-                due.clear()
+                self.due.clear()
                 return None
-            counts = ends[-1][1]
+            counts = self.end[1]
             run.note_step(counts, _fraction(stage, step), run.metric(), optimizer_step=done)
-        due.pop(0)
+        self.made = step
+        self.due.pop(0)
         assert run.plan is not None
         return run.plan.masks
-
-    healed, loss = run.heal(stage, recut)
-    if due:
-        raise DataError(
-            f"the fine-tuning ended after {run.history[-1].steps} optimizer steps, before the cut "
-            f"at {due[0]}: there are fewer batches than their length says"
-        )
-    run.steps[-1] = replace(run.steps[-1], metric_healed=healed, loss=loss)
-    return ends[-1]
 
 
 def _rounded(stage: Stage, counts: Counts, graph: Graph) -> list[str]:

@@ -29,8 +29,10 @@ from secateurs.criteria import get_combination
 from secateurs.errors import ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.imports import find_file
+from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage
 from secateurs.pipeline.request import NORMS
+from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.types import Budget, Threshold, expand_granularity
 
@@ -62,6 +64,10 @@ class StageRecipe(BaseModel):
     control: str | list[str] | None = None
     max_drop: float | None = None
     allow_missed: bool = False
+    prepare: Finetune | None = None
+    penalty: Penalty | None = None
+    repair: list[str] = Field(default_factory=list)
+    regrow: Regrow | None = None
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -104,7 +110,8 @@ class StageRecipe(BaseModel):
             granularity=kinds, allocation=self.allocation, schedule=self.schedule,
             finetune=self.finetune, min_keep=self.min_keep, round_to=self.round_to,
             homogeneous=self.homogeneous, control=control, max_drop=self.max_drop,
-            allow_missed=self.allow_missed,
+            allow_missed=self.allow_missed, prepare=self.prepare, penalty=self.penalty,
+            repair=tuple(self.repair), regrow=self.regrow,
         )  # fmt: skip
 
 
@@ -208,8 +215,9 @@ class Recipe(StageRecipe):
         for stage in self.stages or [self]:
             block = stage.model_dump(mode="json", exclude_none=True, include=own)
             block["schedule"] = _said(stage.stage().steps)
-            if not stage.allow_missed:
-                del block["allow_missed"]
+            for name in ("allow_missed", "repair"):
+                if not block[name]:
+                    del block[name]
             blocks.append({k: block[k] for k in StageRecipe.model_fields if k in block})
         if self.stages and self.control is not None:
             full["control"] = self.control

@@ -19,7 +19,9 @@ from secateurs.asked.search import Folds, Search
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
 from secateurs.imports import near_file
+from secateurs.penalties import Penalty
 from secateurs.recipe.fields import Recipe, StageRecipe
+from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.types import Budget, Threshold
 
@@ -189,7 +191,7 @@ def _path(data: Any, error: Mapping[str, Any]) -> list[str]:
 def _known_keys(path: list[str]) -> list[str]:
     nested: dict[str, Any] = {
         "budget": Budget, "threshold": Threshold, "schedule": Schedule, "finetune": Finetune,
-        "search": Search, "folds": Folds,
+        "prepare": Finetune, "penalty": Penalty, "regrow": Regrow, "search": Search, "folds": Folds,
     }  # fmt: skip
     names = [p for p in path if not p.isdigit()]
     if names and names[-1] in nested:

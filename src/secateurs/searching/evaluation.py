@@ -254,8 +254,10 @@ def _recipes(recipe: Recipe, search: Search) -> Iterator[Recipe]:
 
 def _decides(stage: Stage) -> bool:
     """Whether pruning looks at a metric along the way."""
-    config = stage.finetune
-    trains = config is not None and (config.patience is not None or config.restore_best)
+    trains = any(
+        config is not None and (config.patience is not None or config.restore_best)
+        for config in (stage.prepare, stage.finetune)
+    )
     limited = stage.max_drop is not None or not isinstance(stage.budget, (Budget, type(None)))
     return trains or limited or stage.wants_drop
 

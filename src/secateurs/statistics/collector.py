@@ -120,12 +120,15 @@ class Collector:
         shares: what it needs of the run that all collectors share.
         depends: statistics that it builds on; their collectors, for the same targets and members,
             are in `others` by name.
+        not_shared: why several processes, each with its part of the data, cannot give what one
+            gives; empty where they can.
     """
 
     turn: ClassVar[int] = 0
     repeats: int = 1
     shares: Literal["nothing", "forward", "backward"] = "nothing"
     depends: ClassVar[tuple[str, ...]] = ()
+    not_shared: ClassVar[str] = ""
 
     def __init__(self, setting: Setting, request: Request, sums: View) -> None:
         self.setting, self.request, self.sums = setting, request, sums
@@ -155,6 +158,9 @@ class Collector:
 
     def alone(self, run: Run) -> None:
         """Run the model by oneself."""
+
+    def merged(self) -> None:
+        """After the sums of all ranks were added up: refuse what does not add up."""
 
     def element(self, name: str) -> Tensor:
         """The statistic of one parameter, of a shape that broadcasts to the parameter's."""

@@ -193,6 +193,19 @@ class FeatureMaps(Collector):
 
         return site_values(self.setting.model, self._every(), add)
 
+    def merged(self) -> None:
+        """Every rank has looked at its own first samples.
+
+        Raises:
+            ConfigError: these are not the first samples of all data.
+        """
+        if self.n_samples > self._samples:
+            raise ConfigError(
+                f"{self.request.statistic} looks at the first {self._samples} samples, and the "
+                f"ranks together have {self.n_samples}: ask for all of them "
+                f"(samples={self.n_samples}), or give the ranks fewer batches"
+            )
+
     def unit(self, target: Target) -> Tensor:
         """(n_units,) float64: the mean over samples and sites.
 

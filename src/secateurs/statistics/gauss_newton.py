@@ -48,6 +48,8 @@ class GaussNewton(Collector):
     Options: `probes`, how many vectors r are averaged.
     """
 
+    not_shared = "its random signs depend on the place of each sample in all of the data"
+
     def __init__(self, setting: Setting, request: Request, sums: View) -> None:
         super().__init__(setting, request, sums)
         self._probes = int(request.options["probes"])

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateurs.batches import call_model, checked_loss
+from secateurs.batches import call_model, checked_loss, model_device
 from secateurs.criteria import FINISH, Criterion
 from secateurs.criteria.registry import STATISTICS, Option
-from secateurs.errors import ScoringError
+from secateurs.distributed import Ranks
+from secateurs.errors import ConfigError, ScoringError
 from secateurs.statistics.bysample import BySample
 from secateurs.statistics.collector import COLLECTORS, Collector, Request, Run, Setting
 from secateurs.statistics.gates import UnitGates, probe_gates
@@ -210,6 +211,33 @@ class Pass:
                 stack.callback(p.requires_grad_, False)
                 stack.callback(p.register_post_accumulate_grad_hook(take).remove)
             yield arrived
+
+    # -- many processes ------------------------------------------------------------------------
+
+    def check_shared(self) -> None:
+        """Refuse what several processes cannot find together.
+
+        Raises:
+            ConfigError: names the criteria and says why.
+        """
+        for (need, _, _), collector in self._shared.items():
+            if collector.not_shared:
+                labels = [j.criterion.label for j in self.jobs if need in j.criterion.needs]
+                raise ConfigError(
+                    f"{', '.join(labels)} cannot be scored by a group of processes: "
+                    f"{collector.not_shared}. Score it in one process (group=None)"
+                )
+
+    def merge(self, ranks: Ranks) -> None:
+        """After each pass over the batches: what all ranks have found, on every rank."""
+        if ranks.size == 1:
+            return
+        self.sums.merge_ranks(ranks, model_device(self.setting.model))
+        for told in ranks.gather(self._without_gradient):
+            for name, none in told.items():
+                self._without_gradient[name] = none and self._without_gradient.get(name, True)
+        for collector in self._shared.values():
+            collector.merged()
 
     def collector(self, criterion: Criterion, need: str) -> Collector:
         """What collects one statistic of a criterion that averages over the dataset."""

@@ -12,9 +12,18 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from secateurs.errors import ConfigError
+from secateurs.distributed import Ranks
+from secateurs.errors import ConfigError, RankError
 
 __all__ = ["Sums"]
+
+TOGETHER = 1 << 22
+"""Elements that are sent to the other processes at once."""
+
+
+Part = tuple[int, tuple[int, ...], torch.dtype]
+Signature = dict[tuple[str, str], Part]
+"""(kind, name) -> rows, shape and type of what one rank holds."""
 
 
 class Sums:
@@ -32,9 +41,11 @@ class Sums:
     def __init__(self) -> None:
         self._added: dict[str, Tensor] = {}
         self._joined: dict[str, list[Tensor]] = {}
+        self._sealed: set[str] = set()
 
     def add(self, key: str, value: Tensor, weight: float = 1.0) -> None:
         """Add `weight * value`; half precision is summed in float32."""
+        assert key not in self._sealed, f"{key} is of all ranks already"
         half = value.dtype in (torch.float16, torch.bfloat16)
         have = self._added.get(key)
         if have is None:
@@ -52,6 +63,7 @@ class Sums:
 
     def append(self, key: str, rows: Tensor) -> None:
         """Join rows (n, ...) below those that are held."""
+        assert key not in self._sealed, f"{key} is of all ranks already"
         self._joined.setdefault(key, []).append(rows.detach())
 
     def __getitem__(self, key: str) -> Tensor:
@@ -84,6 +96,63 @@ class Sums:
             self.add(key, value.clone())
         for key, parts in other._joined.items():
             self._joined.setdefault(key, []).extend(parts)
+
+    def merge_ranks(self, ranks: Ranks, device: torch.device) -> None:
+        """Take in what all other ranks have left since the last time; all of them call it.
+
+        Afterwards every rank holds the same: sums over all ranks, rows in the order of the ranks.
+
+        Args:
+            ranks: that work together.
+            device: for what this rank has not seen.
+
+        Raises:
+            RankError: a sum or a row differs in shape or type between ranks.
+        """
+        mine: Signature = {
+            ("sum", key): (0, tuple(value.shape), value.dtype)
+            for key, value in self._added.items()
+            if key not in self._sealed
+        }
+        for key in self._joined:
+            if key not in self._sealed:
+                mine["rows", key] = (len(self[key]), tuple(self[key].shape[1:]), self[key].dtype)
+        told = ranks.gather(mine)
+        every = {name: part for one in told for name, part in one.items()}
+        for (kind, key), (_, shape, dtype) in every.items():
+            if any(one.get((kind, key), (0, shape, dtype))[1:] != (shape, dtype) for one in told):
+                raise RankError(
+                    f"the {kind} of {key} differ in shape or type between ranks; give all of them "
+                    "the same model and batches of one kind"
+                )
+        self._sum_over(ranks, {k: v for (kind, k), v in every.items() if kind == "sum"}, device)
+        for kind, key in every:
+            if kind == "rows":
+                _, shape, dtype = every[kind, key]
+                empty = torch.zeros((0, *shape), dtype=dtype, device=device)
+                lengths = [one.get((kind, key), (0, (), dtype))[0] for one in told]
+                rows = self[key] if key in self._joined else empty
+                self._joined[key] = [ranks.join(rows, lengths)]
+        self._sealed |= {key for _, key in every}
+
+    def _sum_over(self, ranks: Ranks, parts: Mapping[str, Part], device: torch.device) -> None:
+        """Add up these sums over the ranks, many small ones at once."""
+        for dtype in dict.fromkeys(part[2] for part in parts.values()):
+            bucket: list[str] = []
+            names = [key for key, part in parts.items() if part[2] == dtype]
+            for key in names:
+                if key not in self._added:
+                    self._added[key] = torch.zeros(parts[key][1], dtype=dtype, device=device)
+                bucket.append(key)
+                size = sum(self._added[k].numel() for k in bucket)
+                if size < TOGETHER and key != names[-1]:
+                    continue
+                flat = torch.cat([self._added[k].reshape(-1).to(device) for k in bucket])
+                sizes = [self._added[k].numel() for k in bucket]
+                for k, line in zip(bucket, torch.split(ranks.sum(flat), sizes), strict=True):
+                    held = self._added[k]
+                    self._added[k] = line.view(held.shape).to(held.device)
+                bucket = []
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, to be saved; rows are marked by their name."""

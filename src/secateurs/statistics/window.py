@@ -81,6 +81,8 @@ class Window(Collector):
     interrupted window goes on where it stopped. Options: `lr`, `epochs`.
     """
 
+    not_shared = "each step of its training begins where the one before has ended"
+
     def __init__(self, setting: Setting, request: Request, sums: View) -> None:
         super().__init__(setting, request, sums)
         self.repeats = whole_number(request, "epochs")

@@ -1,0 +1,454 @@
+"""Channels at 2x, 4x and 10x fewer MACs: our recipes beside Torch-Pruning, at equal steps.
+
+    python -m benchmarks.structured_healing --part search   # validation data, seeds 100 and 101
+    python -m benchmarks.structured_healing --part final    # seeds 0 to 2 (digits: 0 to 9)
+    python -m benchmarks.structured_healing --summary       # only summarise what is there
+
+Every row starts from the same dense checkpoint and takes the same number of optimizer steps after
+it (counted, and asserted), preparation and rounds included, with the same optimizer, learning rate
+and cosine: AdamW, its rate chosen by the search on validation data for Torch-Pruning. MACs are
+counted by `secateurs.macs` on the network that was really cut, for both tools.
+
+    torch-pruning   all of its criteria that fit (see `PEERS`), ranked locally and globally, in one
+                    shot and in rounds. The best of them by TEST accuracy, for each point on its
+                    own, is what ours is compared with: that favours the peer. The widest network
+                    within 1 % of the budget is taken, which favours it too.
+    plain           secateurs: taylor, uniform, one shot, fine-tuning.
+    + ...           the same with one ingredient; "recommended" has all that the search kept.
+
+One thread; a run that is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import nn
+
+import secateurs as sc
+from benchmarks.healing_common import (
+    RESULTS,
+    SEARCH_SEEDS,
+    Dense,
+    Rows,
+    SameSteps,
+    best_setting,
+    error_of,
+    one_thread,
+    paired,
+)
+from secateurs.finetuning import Finetune, finetune
+from secateurs.macs import macs
+from secateurs.penalties import Penalty
+from secateurs.report import environment
+from secateurs.schedules import Schedule
+
+ROWS = Rows(
+    RESULTS / "structured_healing.jsonl",
+    ("part", "task", "keep", "tool", "setting", "lr", "seed", "steps"),
+)
+SUMMARY = RESULTS / "structured_healing.json"
+KEPT = (0.5, 0.25, 0.1)
+EPOCHS = {"digits-cnn": 20, "fashion-resnet20": 3}
+"""Passes over the training data after the dense checkpoint, for every row."""
+SEEDS = {"digits-cnn": tuple(range(10)), "fashion-resnet20": (0, 1, 2)}
+"""The digits are so few (359 test images) that three seeds tell nothing apart."""
+LRS = (1e-3, 3e-3)
+OVER = 1.01
+"""How much more than the budget a network of the peer may have."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A setting of Torch-Pruning.
+
+    Attributes:
+        importance: class in `torch_pruning.importance`.
+        p: of the norm, where the class has one; 0 = it has none.
+        globally: rank the channels of all layers together.
+        rounds: cut, fine-tune, cut, ...; the MACs fall by equal factors.
+    """
+
+    importance: str
+    p: int = 0
+    globally: bool = False
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A setting of ours.
+
+    Attributes:
+        cuts: 1 cuts before the fine-tuning; more are made inside it.
+        until: part of the training in which the cuts are made.
+        distill, temperature: as in `Finetune`.
+        hidden: as in `Finetune`: distillation of hidden states.
+        penalty: rule that makes small before the cut what will go; "" = none. See `Penalty`.
+        prepare: part of the steps that train under it, at a constant learning rate.
+    """
+
+    criterion: str = "taylor"
+    allocation: str = "uniform"
+    cuts: int = 1
+    until: float = 0.4
+    curve: str = "cubic"
+    distill: float = 0.0
+    temperature: float = 2.0
+    hidden: float = 0.0
+    penalty: str = ""
+    prepare: float = 0.0
+
+
+_MAGNITUDE, _TAYLOR = "GroupMagnitudeImportance", "GroupTaylorImportance"
+PEERS: dict[str, Peer] = {
+    "l1": Peer(_MAGNITUDE, 1),
+    "l2": Peer(_MAGNITUDE, 2),
+    "l2 global": Peer(_MAGNITUDE, 2, globally=True),
+    "taylor": Peer(_TAYLOR),
+    "taylor global": Peer(_TAYLOR, globally=True),
+    "hessian": Peer("GroupHessianImportance"),
+    "hessian global": Peer("GroupHessianImportance", globally=True),
+    "fpgm": Peer("FPGMImportance", 2),
+    "fpgm global": Peer("FPGMImportance", 2, globally=True),
+    "bn scale": Peer("BNScaleImportance"),
+    "bn scale global": Peer("BNScaleImportance", globally=True),
+    "lamp global": Peer("LAMPImportance", 2, globally=True),
+    "random": Peer("RandomImportance"),
+    "l2, 3 rounds": Peer(_MAGNITUDE, 2, rounds=3),
+    "taylor, 3 rounds": Peer(_TAYLOR, rounds=3),
+}
+"""Its LAMP ranks like "l2" within a layer, so that it is tried globally only."""
+PLAIN = Ours()
+OURS: dict[str, Ours] = {
+    "plain": PLAIN,
+    "+ iterative": replace(PLAIN, cuts=5),
+    "+ distilled": replace(PLAIN, distill=0.5),
+    "+ distilled 0.9": replace(PLAIN, distill=0.9, temperature=4.0),
+    "+ distilled, hidden": replace(PLAIN, distill=0.5, hidden=1.0),
+    "+ growing": replace(PLAIN, penalty="growing", prepare=0.25),
+    "+ global_normalized": replace(PLAIN, allocation="global_normalized"),
+    "+ iterative, distilled 0.9": replace(PLAIN, cuts=5, distill=0.9, temperature=4.0),
+    "+ growing, distilled 0.9": replace(
+        PLAIN, penalty="growing", prepare=0.25, distill=0.9, temperature=4.0
+    ),
+    "+ iterative, growing, distilled 0.9": replace(
+        PLAIN, cuts=3, until=0.2, penalty="growing", prepare=0.25, distill=0.9, temperature=4.0
+    ),
+    "+ global_normalized, iterative, distilled 0.9": replace(
+        PLAIN, allocation="global_normalized", cuts=5, distill=0.9, temperature=4.0
+    ),
+}
+"""One ingredient at a time, and those that go together."""
+RECOMMENDED = tuple(name for name in OURS if name != "plain")
+"""Of these the search takes the best for each task and budget as "recommended"."""
+TOOLS = ("torch-pruning", "secateurs")
+
+
+def config(steps: int, lr: float, ours: Ours | None = None) -> Finetune:
+    """The same fine-tuning for all, and the distillation of ours."""
+    return Finetune(
+        steps=steps,
+        optimizer="adamw",
+        lr=lr,
+        weight_decay=0.01,
+        lr_schedule="cosine",
+        distill=ours.distill if ours else 0.0,
+        temperature=ours.temperature if ours else 2.0,
+        hidden=ours.hidden if ours else 0.0,
+    )
+
+
+# -- Torch-Pruning ---------------------------------------------------------------------------------
+
+
+def with_torch_pruning(
+    dense: Dense, setting: Peer, keep: float, lr: float, steps: int, seed: int
+) -> nn.Module:
+    """Cut and fine-tuned, in one or several rounds."""
+    model = copy.deepcopy(dense.model)
+    ends = [round(steps * (i + 1) / setting.rounds) for i in range(setting.rounds)]
+    for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        model = smaller(dense, model, setting, keep ** ((i + 1) / setting.rounds), seed)
+        finetune(model, dense.data.train, dense.task.loss_fn, config(end - begin, lr), seed=seed)
+    return model
+
+
+def smaller(dense: Dense, model: nn.Module, setting: Peer, keep: float, seed: int) -> nn.Module:
+    """The widest network of the peer with at most `OVER` x `keep` of the dense MACs."""
+    inputs = dense.data.example_inputs
+    whole = macs(dense.model, inputs)
+    low, high, best = 0.0, 1.0, None
+    for _ in range(12):
+        ratio = (low + high) / 2
+        found = cut_at(dense, model, setting, ratio, seed)
+        if macs(found, inputs) <= OVER * keep * whole:
+            high, best = ratio, found
+        else:
+            low = ratio
+    assert best is not None, "no ratio of channels meets the budget"
+    return best
+
+
+def cut_at(dense: Dense, model: nn.Module, setting: Peer, ratio: float, seed: int) -> nn.Module:
+    """A copy with that part of the channels cut, as the README of Torch-Pruning shows."""
+    tp = importlib.import_module("torch_pruning")
+    model = copy.deepcopy(model).eval()
+    kind = getattr(tp.importance, setting.importance)
+    importance = kind(p=setting.p) if setting.p else kind()
+    if setting.importance == "GroupTaylorImportance":
+        for inputs, targets in dense.data.calibration:
+            torch.autograd.backward(dense.task.loss_fn(model(inputs), targets))
+    elif setting.importance == "GroupHessianImportance":
+        accumulate(importance, dense, model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tp.pruner.BasePruner(
+            model, dense.data.example_inputs, importance=importance, pruning_ratio=ratio,
+            global_pruning=setting.globally, ignored_layers=[model.head], max_pruning_ratio=0.97,
+            in_channel_groups={}, out_channel_groups={}, num_heads={},
+        ).step()  # fmt: skip
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def accumulate(importance: Any, dense: Dense, model: nn.Module) -> None:
+    """Squared gradients sample by sample, as its importance wants them."""
+    importance.zero_grad()
+    inputs, targets = dense.data.calibration[0]
+    for i in range(len(targets)):
+        model.zero_grad()
+        one = slice(i, i + 1)
+        torch.autograd.backward(dense.task.loss_fn(model(inputs[one]), targets[one]))
+        importance.accumulate_grad(model)
+
+
+# -- ours ------------------------------------------------------------------------------------------
+
+
+def with_secateurs(
+    dense: Dense, setting: Ours, keep: float, lr: float, steps: int, seed: int
+) -> nn.Module:
+    """Cut and fine-tuned by our recipe; a preparation counts as training."""
+    first = round(steps * setting.prepare) if setting.penalty else 0
+    healing = config(steps - first, lr, setting)
+    one_shot = setting.cuts == 1
+    every = f"{max(1, int(steps * setting.until) // setting.cuts)} steps"
+    prepare = replace(config(first, lr), lr_schedule="constant") if first else None
+    result = sc.prune(
+        dense.model, dense.data.train, dense.task.loss_fn,
+        example_inputs=dense.data.example_inputs, budget=sc.Budget(macs=keep),
+        criterion=setting.criterion, granularity="channel", allocation=setting.allocation,
+        round_to=1, calibration=dense.data.calibration, seed=seed,
+        schedule=Schedule("one_shot", steps=1)
+        if one_shot
+        else Schedule(setting.curve, steps=setting.cuts, every=every),
+        finetune=None if one_shot and not setting.hidden else healing,
+        prepare=prepare, penalty=Penalty(setting.penalty) if first else None,
+    )  # fmt: skip
+    if one_shot and not setting.hidden:  # the smaller network is the faster one to train
+        teacher = dense.model if setting.distill else None
+        finetune(
+            result.model, dense.data.train, dense.task.loss_fn, healing, teacher=teacher, seed=seed
+        )
+    return result.model
+
+
+def work(row: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a row."""
+    dense = Dense.of(row["task"], row["seed"])
+    setting: Any = (PEERS if row["tool"] == "torch-pruning" else OURS)[row["setting"]]
+    how: Callable[..., nn.Module] = (
+        with_torch_pruning if isinstance(setting, Peer) else with_secateurs
+    )
+    with SameSteps(row["steps"]):
+        model = how(dense, setting, row["keep"], row["lr"], row["steps"], row["seed"])
+    inputs = dense.data.example_inputs
+    left = macs(model, inputs) / macs(dense.model, inputs)
+    assert left <= row["keep"] * (OVER if isinstance(setting, Peer) else 1)
+    return {
+        **dense.figures(model.eval(), row["part"]),
+        "macs": left,
+        "params": sum(p.numel() for p in model.parameters())
+        / sum(p.numel() for p in dense.model.parameters()),
+        "options": asdict(setting),
+    }
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+
+def searched(task: str, tool: str, keep: float | None) -> list[dict[str, Any]]:
+    """Search rows of a task and tool, of one budget or of all."""
+    return [
+        r
+        for r in ROWS.read()
+        if (r["part"], r["task"], r["tool"]) == ("search", task, tool)
+        and (keep is None or r["keep"] == keep)
+    ]
+
+
+def rate_of(task: str) -> float:
+    """The learning rate that suits Torch-Pruning's "taylor" best on validation data."""
+    rows = [r for r in searched(task, "torch-pruning", None) if r["setting"] == "taylor"]
+    rates = [{**r, "setting": str(r["lr"])} for r in rows]
+    return float(best_setting(rates, [str(lr) for lr in LRS]))
+
+
+def wanted(
+    part: str, tasks: Sequence[str], tools: Sequence[str], seeds: Sequence[int] | None
+) -> Iterator[dict[str, Any]]:
+    """Rows of the search (first the learning rate, then ours), or all final ones."""
+    for task in tasks:
+        steps = EPOCHS[task] * len(Dense.of(task, SEARCH_SEEDS[0]).data.train)
+        own = SEARCH_SEEDS if part == "search" else SEEDS[task]
+        base = {"part": part, "task": task, "steps": steps}
+        if part == "search" and "torch-pruning" in tools:
+            for seed in own if seeds is None else seeds:
+                for lr in LRS:
+                    yield {**base, "keep": 0.25, "tool": "torch-pruning", "setting": "taylor",
+                           "lr": lr, "seed": seed}  # fmt: skip
+        rate = rate_of(task)
+        for seed in own if seeds is None else seeds:
+            for keep in KEPT:
+                for tool in tools:
+                    if part == "search" and tool == "torch-pruning":
+                        continue
+                    for name in PEERS if tool == "torch-pruning" else OURS:
+                        yield {**base, "keep": keep, "tool": tool, "setting": name, "lr": rate,
+                               "seed": seed}  # fmt: skip
+
+
+# -- summary ---------------------------------------------------------------------------------------
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means, what each ingredient adds to "plain", and each goal met or missed."""
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["part"] == "final":
+            kind = (row["task"], row["keep"], row["tool"], row["setting"])
+            groups.setdefault(kind, {})[row["seed"]] = row
+    lines = []
+    for (task, keep, tool, setting), held in groups.items():
+        test = {seed: row["test"] for seed, row in held.items()}
+        line = {
+            "task": task, "keep": keep, "tool": tool, "setting": setting, "seeds": sorted(held),
+            "macs": mean(r["macs"] for r in held.values()),
+            "dense": mean(r["dense_test"] for r in held.values()),
+            "test": mean(test.values()), "standard_error": error_of(list(test.values())),
+        }  # fmt: skip
+        plain = groups.get((task, keep, "secateurs", "plain"))
+        if plain is not None and setting != "plain":
+            line["over_plain"] = paired(test, {s: r["test"] for s, r in plain.items()})
+        lines.append(line)
+    lines.sort(key=lambda r: (r["task"], -r["keep"], r["tool"], -r["test"]))
+    goals: list[dict[str, Any]] = []
+    for task, keep in sorted({(k[0], k[1]) for k in groups}, key=lambda k: (k[0], -k[1])):
+        goals += _goals(groups, lines, task, keep)
+    return {"lines": lines, "goals": goals, "search": _searched(rows)}
+
+
+def _goals(
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]],
+    lines: Sequence[dict[str, Any]],
+    task: str,
+    keep: float,
+) -> Iterator[dict[str, Any]]:
+    """Recommended beside the best of the peer, and beside plain."""
+    here = [r for r in lines if (r["task"], r["keep"]) == (task, keep)]
+    peers = [r for r in here if r["tool"] == "torch-pruning"]
+    rows = searched(task, "secateurs", keep)
+    ours = best_setting(rows, RECOMMENDED) if rows else ""
+    held = groups.get((task, keep, "secateurs", ours))
+    if held is None:
+        return
+    others = {"plain": ("secateurs", "plain")}
+    if peers:
+        best = max(peers, key=lambda r: r["test"])["setting"]
+        others[f"torch-pruning's best, {best}"] = ("torch-pruning", best)
+    for words, (tool, setting) in others.items():
+        other = groups.get((task, keep, tool, setting))
+        if other is not None:
+            gap = paired(
+                {s: r["test"] for s, r in held.items()}, {s: r["test"] for s, r in other.items()}
+            )
+            yield {
+                "task": task, "keep": keep, "recommended": ours, "beside": words, **gap,
+                "met": gap["difference"] is not None and gap["difference"] > 0,
+            }  # fmt: skip
+
+
+def _searched(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean validation accuracy of every setting that was tried."""
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row["part"] == "search":
+            kind = (row["task"], row["keep"], row["tool"], row["setting"], row["lr"])
+            found.setdefault(kind, []).append(row["validation"])
+    names = ("task", "keep", "tool", "setting", "lr")
+    lines = [
+        dict(zip(names, kind, strict=True)) | {"validation": mean(v), "seeds": len(v)}
+        for kind, v in found.items()
+    ]
+    return sorted(lines, key=lambda r: (r["task"], -r["keep"], r["tool"], -r["validation"]))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Plain text: settings by budget, the best first, then the goals."""
+    told = []
+    for r in found["lines"]:
+        gap = r.get("over_plain") or {}
+        over = ""
+        if gap.get("difference") is not None:
+            over = f"| over plain {_signed(gap['difference'])} ({_points(gap['standard_error'])})"
+        told.append(
+            f"{r['task']} {r['keep']:<4} {r['tool']:<13} {r['setting']:<32} n={len(r['seeds'])} "
+            f"macs {r['macs']:.3f} dense {100 * r['dense']:.2f} test {100 * r['test']:.2f} "
+            f"({_points(r['standard_error'])}) {over}"
+        )
+    told += [
+        f"goal {g['task']} {g['keep']}: {g['recommended']} beside {g['beside']}: "
+        f"{_signed(g['difference'])} ({_points(g['standard_error'])}): "
+        + ("met" if g["met"] else "MISSED")
+        for g in found["goals"]
+    ]
+    return "\n".join(told)
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.2f}"
+
+
+def _points(value: float | None) -> str:
+    return "se -" if value is None else f"se {100 * value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--part", choices=("search", "final"), default="final")
+    parser.add_argument("--tasks", nargs="*", choices=EPOCHS, default=list(EPOCHS))
+    parser.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=None)
+    parser.add_argument("--summary", action="store_true", help="only summarise what is there")
+    options = parser.parse_args()
+    one_thread()
+    warnings.simplefilter("ignore")
+    if not options.summary:
+        ROWS.run(wanted(options.part, options.tasks, options.tools, options.seeds), work)
+    found = summarise(ROWS.read())
+    SUMMARY.write_text(json.dumps({"environment": environment(0), **found}, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A training by several processes: each its own batches, every decision the same on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.distributed import Ranks, assert_same, is_sharded, plain, reshard
+from secateurs.errors import ConfigError, ScoringError
+from secateurs.sharding import InStep
+from secateurs.types import Batches, Evaluate
+
+__all__ = ["Sharing"]
+
+
+class Sharing(InStep):
+    """What the processes of a training tell each other; a single process tells nobody."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        wrapped = is_sharded(model) or plain(model) is not model
+        if ranks.size > 1 and not wrapped:
+            raise ConfigError(
+                "finetune: the ranks of group= would train apart from each other; wrap the model "
+                "with DistributedDataParallel or shard it with fully_shard"
+            )
+        if wrapped and ranks.group is None and not isinstance(model, nn.DataParallel):
+            raise ConfigError(
+                'finetune: the model is shared by several processes: give group="world"'
+            )
+        super().__init__(model, ranks)
+        reshard(model)
+
+    def start(self, masks: Mapping[str, Tensor] | None, settings: object) -> None:
+        """Make sure that all ranks begin with the same.
+
+        Raises:
+            RankError: names the first weight, mask or setting that differs.
+        """
+        if self.ranks.size == 1:
+            return
+        group = self.ranks.group
+        assert_same(repr(settings), group, what="the settings of finetune")
+        if not is_sharded(self.model):
+            assert_same(dict(plain(self.model).named_parameters()), group, what="the weights")
+        self.same(masks)
+
+    def same(self, masks: Mapping[str, Tensor] | None) -> None:
+        """Make sure that all ranks hold the same masks.
+
+        Raises:
+            RankError: names the first that differs.
+        """
+        if self.ranks.size > 1:
+            assert_same(masks, self.ranks.group, what="masks")
+
+    def counted(self, batches: Batches) -> Batches:
+        """Something of as many batches as the rank with most of them has."""
+        if self.ranks.size == 1:
+            return batches
+        known = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+        every = self.ranks.gather(known)
+        counts = [n for n in every if n is not None]
+        return [(None, None)] * max(counts) if len(counts) == len(every) else iter(())
+
+    def mean(self, total: float, samples: int) -> float:
+        """The mean over the samples of all ranks."""
+        total, n = self.ranks.add_up(total, samples) if self.ranks.size > 1 else (total, samples)
+        return total / n
+
+    # -- an epoch --------------------------------------------------------------------------------
+
+    def check_finite(self, trained: Iterable[Tensor], epoch: int) -> None:
+        """Raise on all ranks where a weight of any is not finite.
+
+        Raises:
+            ScoringError: so it is.
+        """
+        with self.ranks.agreed("training"):
+            for p in trained:
+                held: Any = p
+                local = held.to_local() if hasattr(held, "to_local") else held
+                if not torch.isfinite(local).all():
+                    raise ScoringError(f"epoch {epoch}: weights are not finite after its last step")
+
+    def evaluated(self, evaluate: Evaluate) -> Any:
+        """What `evaluate` says on rank 0; it is called on every rank."""
+        self.settle()
+        with self.ranks.agreed("evaluate"):
+            answer = evaluate(plain(self.model))
+        reshard(self.model)
+        if isinstance(answer, Mapping):
+            answer = {name: float(value) for name, value in answer.items()}
+        return self.ranks.first(answer)
+
+    def settle(self) -> None:
+        """Give every rank the buffers of rank 0, which differ by the batches that it has seen."""
+        reshard(self.model)
+        if self.ranks.size > 1:
+            for buffer in self.model.buffers():
+                self.ranks.copy_first_(buffer)
+
+    def named(self) -> Any:
+        """Around the training: a rank that is gone ends it with a clear error."""
+        return self.ranks.named() if self.ranks.size > 1 else nullcontext()

@@ -1,0 +1,98 @@
+"""Steps that all ranks make together, though each has its own batches, of any number.
+
+DDP and FSDP2 average gradients over the ranks, whatever each has seen. So that a step follows the
+mean over all samples, each loss is weighted by its samples first. A rank that has no batch left
+keeps step with its last one, with weight zero and in eval mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from secateurs.batches import batch_size, in_mode, model_device, to_device
+from secateurs.distributed import Ranks
+from secateurs.errors import ConfigError
+from secateurs.types import Batch
+
+__all__ = ["InStep"]
+
+
+class InStep:
+    """Keeps the ranks in step; a single process simply reads its batches.
+
+    Attributes:
+        size: samples of the batch of this rank; 0 for one that only keeps step.
+        weight: of its mean loss in the loss of the step: its share of all samples, times ranks.
+        samples: of the step, all ranks together, over the number of ranks: a gradient of sums over
+            samples, averaged over the ranks, is divided by it to be the mean.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.model, self.ranks = model, ranks
+        self.size, self.weight, self.samples = 0, 1.0, 0.0
+        self._spare: Batch | None = None
+
+    def in_step(self, reader: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of this rank; where others have more, its last one again.
+
+        Raises:
+            ConfigError: a rank runs out of batches, and a layer waits for all ranks.
+            RankError, PruningError: another rank cannot read its batches.
+        """
+        if self.ranks.size == 1:
+            for batch in reader:
+                self.size = batch_size(batch[0])
+                self.samples = self.size
+                yield batch
+            return
+        stream = iter(reader)
+        while True:
+            own: Batch | None = None
+            with self.ranks.agreed("reading a batch"):
+                own = next(stream, None)
+                self.size = 0 if own is None else batch_size(own[0])
+            total, ended = self.ranks.add_up(self.size, own is None)
+            if not total:
+                return
+            self.samples = total / self.ranks.size
+            self.weight = self.size / self.samples
+            if ended:
+                self._share(own)
+            self._spare = own or self._spare
+            assert self._spare is not None
+            yield self._spare
+
+    def _share(self, own: Batch | None) -> None:
+        """Give a batch to ranks that never had one."""
+        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+        if names:
+            raise ConfigError(
+                f"the ranks have different numbers of batches, and {names[0]} (SyncBatchNorm) "
+                "waits for all of them; give every rank equally many"
+            )
+        told = self.ranks.gather((own is not None, own is not None or self._spare is not None))
+        if all(has for _, has in told):
+            return
+        giver = next(rank for rank, (gives, _) in enumerate(told) if gives)
+        given = self.ranks.of(giver, to_device(own, torch.device("cpu")))
+        self._spare = self._spare or own or to_device(given, model_device(self.model))
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the forward pass: an error on one rank ends all, before any waits backward.
+
+        Not inside the forward pass of an FSDP2 model, where the others wait for its weights: there
+        they end with the timeout of the group.
+        """
+        if self.ranks.size == 1:
+            yield
+            return
+        with ExitStack() as stack:
+            if not self.size:
+                stack.enter_context(in_mode(self.model, training=False))
+            stack.enter_context(self.ranks.agreed("a forward pass"))
+            yield
