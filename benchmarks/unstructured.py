@@ -18,9 +18,10 @@ linear and convolutional layers, for all methods alike; biases stay. Methods:
 
 The settings of every method (learning rate, its schedule, rounds; ours also criterion, allocation
 and distillation) are chosen by the mean validation accuracy of the search, for each task and
-density on its own (of a density that was not searched: those of the nearest one). Adam without
-weight decay for all. Ours scores on 512 training samples at each cut, which is no optimizer step
-and not counted. One thread; a run that is stopped goes on where it was.
+density on its own (of a density that was not searched: those of the nearest one). AdamW for all,
+without weight decay unless the setting says so. Ours scores on 512 or 2048 training samples at each
+cut, which is no optimizer step and not counted. One thread; a run that is stopped goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Torch:
     lr_schedule: str = "cosine"
     joined: bool = False
     tail: float = 0.5
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,16 @@ class Ours:
     distill: float = 0.0
     temperature: float = 2.0
     samples: int = 512
+    weight_decay: float = 0.0
 
 
 LRS = (3e-4, 1e-3, 3e-3, 1e-2)
 PEERS: dict[str, dict[str, Torch]] = {
     "one-shot": {f"cosine {lr:g}": Torch(lr=lr) for lr in LRS},
     "iterative": {
-        f"{n} rounds, cosine {lr:g}": Torch(rounds=n, lr=lr) for n in (3, 5) for lr in LRS[1:3]
+        f"{n} rounds, cosine {lr:g}": Torch(rounds=n, lr=lr) for n in (3, 5) for lr in LRS[1:]
     },
-    "random": {f"cosine {lr:g}": Torch(pick="random", lr=lr) for lr in LRS[2:]},
+    "random": {f"cosine {lr:g}": Torch(pick="random", lr=lr) for lr in LRS[1:]},
     "gradual": {
         f"10 rounds, one cosine {lr:g}": Torch(rounds=10, lr=lr, joined=True) for lr in LRS[1:3]
     },
@@ -125,6 +128,10 @@ OURS: dict[str, Ours] = {
     "taylor erk 0.01": Ours(allocation="erk", lr=1e-2),
     "taylor lamp 0.003, 50 cuts": Ours(cuts=50, until=0.6),
     "taylor lamp 0.003, 2048 samples": Ours(samples=2048),
+    "taylor erk 0.005, 2048 samples": Ours(allocation="erk", lr=5e-3, samples=2048),
+    "taylor erk 0.005, 2048 samples, decay": Ours(
+        allocation="erk", lr=5e-3, samples=2048, weight_decay=0.1
+    ),
     "taylor lamp 0.003, distilled": Ours(distill=0.5),
     "taylor global 0.003": Ours(allocation="global"),
     "magnitude lamp 0.003": Ours("magnitude"),
@@ -176,7 +183,13 @@ def with_torch(dense: Dense, setting: Torch, kept: int, steps: int, seed: int) -
         )
 
     def train(n: int, recut: Any = None) -> None:
-        config = Finetune(steps=n, lr=setting.lr, lr_schedule=setting.lr_schedule)
+        config = Finetune(
+            steps=n,
+            optimizer="adamw",
+            lr=setting.lr,
+            weight_decay=setting.weight_decay,
+            lr_schedule=setting.lr_schedule,
+        )
         finetune(model, dense.data.train, dense.task.loss_fn, config, seed=seed, recut=recut)
 
     with torch.random.fork_rng():
@@ -215,7 +228,9 @@ def with_secateurs(dense: Dense, setting: Ours, kept: int, steps: int, seed: int
         ),
         finetune=Finetune(
             steps=steps,
+            optimizer="adamw",
             lr=setting.lr,
+            weight_decay=setting.weight_decay,
             lr_schedule="cosine",
             distill=setting.distill,
             temperature=setting.temperature,

@@ -117,3 +117,16 @@ def test_bad_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingDependencyError, match=r"secateurs\[tensorboard\]"):
         BoardLog(tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_masks_fit_under_every_name_of_a_parameter(tmp_path: Path, wrapped: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    masks = {"2.weight": torch.eye(3, dtype=torch.bool)}
+    whole = nn.DataParallel(model) if wrapped else model  # names as under DDP
+    with BoardLog(tmp_path) as log:
+        finetune(whole, BATCHES, F.cross_entropy, Finetune(epochs=1), masks=masks, parts=[log])
+    name = "module.0.weight" if wrapped else "0.weight"
+    for what in ("weights", "gradients"):
+        assert read(tmp_path).Histograms(f"{what}/{name}")[0].histogram_value.num == 3

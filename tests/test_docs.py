@@ -181,7 +181,16 @@ def command_problems(page: Path) -> list[str]:
 # --- the pages -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+OTHERS = "ignore::Warning"  # Lightning, transformers and Keras warn about themselves
+MARKED = [
+    pytest.param(page, marks=pytest.mark.filterwarnings(OTHERS))
+    if page.name == "where-you-train.md"
+    else page
+    for page in PAGES
+]
+
+
+@pytest.fixture(params=MARKED, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def page(request: pytest.FixtureRequest) -> Path:
     path: Path = request.param
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from secateurs import prune, shrink
+from secateurs.checkpoints import generators_of, random_state, set_random_state
 from secateurs.during import Cuts, prune_during
 from secateurs.errors import BudgetError, ConfigError
 from secateurs.finetuning import Finetune
@@ -236,3 +239,109 @@ def test_the_random_state_of_the_training_is_its_own() -> None:
         return torch.rand(1)
 
     assert torch.equal(drawn(True), drawn(False))
+
+
+def test_a_ranking_that_is_not_renewed_goes_on_after_an_interruption() -> None:
+    once = Schedule("linear", steps=4, every="3 steps", rescore=False)
+
+    @contextmanager
+    def cutting(
+        model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, object] | None = None
+    ) -> Iterator[Cuts]:
+        with prune_during(
+            model,
+            optimizer,
+            n_steps=16,
+            budget=Budget(units=0.25),
+            criterion="l2_norm",
+            schedule=once,
+            example_inputs=X,
+            state=state,
+        ) as cuts:
+            yield cuts
+
+    whole, part = mlp(), mlp()
+    adam = torch.optim.Adam(whole.parameters(), lr=0.05)
+    with cutting(whole, adam) as cuts:
+        train(whole, adam, 16)
+    adam = torch.optim.Adam(part.parameters(), lr=0.05)
+    saved = io.BytesIO()
+    with pytest.raises(KeyboardInterrupt), cutting(part, adam) as begun:  # noqa: PT012
+        train(part, adam, 8)
+        torch.save(begun.state_dict(), saved)
+        raise KeyboardInterrupt
+    saved.seek(0)
+    with cutting(part, adam, torch.load(saved, weights_only=True)) as resumed:
+        train(part, adam, 8)
+    assert cuts.plan is not None
+    assert resumed.plan is not None
+    for name, gone in cuts.plan.removed.items():
+        assert torch.equal(gone, resumed.plan.removed[name]), name
+
+
+def test_no_random_state_moves_where_shuffled_batches_are_read() -> None:
+    loader = DataLoader(TensorDataset(X, (X.sum(1) > 0).long()), batch_size=8, shuffle=True)
+    own = DataLoader(loader.dataset, batch_size=8, shuffle=True, generator=torch.Generator())
+    for batches in (loader, own):
+        before = random_state(batches)
+        model = mlp()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        set_random_state(before, batches)
+        with prune_during(
+            model, sgd, n_steps=4, budget=Budget(units=0.5), batches=batches,
+            loss_fn=F.cross_entropy, schedule=Schedule("linear", steps=2, every="2 steps"),
+        ):  # fmt: skip
+            train(model, sgd, 4)
+        assert torch.equal(torch.get_rng_state(), before["torch"])
+        for generator, held in zip(generators_of(batches), before["generators"], strict=True):
+            assert torch.equal(generator.get_state(), held)
+
+
+def test_a_void_step_of_a_fused_optimizer_does_not_count() -> None:
+    model = mlp()
+    adam = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with prune_during(
+        model, adam, n_steps=4, budget=Budget(units=0.5), criterion="l2_norm", example_inputs=X,
+        schedule=Schedule("linear", steps=1, every="1 steps"),
+    ) as cuts:  # fmt: skip
+        for i in range(5):
+            adam.zero_grad()
+            loss = model(X).square().mean() * (math.inf if i == 2 else 1.0)
+            torch.autograd.backward(scaler.scale(loss))
+            scaler.step(adam)
+            scaler.update()
+        assert cuts.steps == 4
+
+
+def test_a_wrapped_model_is_traced_by_its_plain_names() -> None:
+    model = mlp()
+    wrapped = nn.DataParallel(model)  # names as under DistributedDataParallel
+    sgd = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    with prune_during(
+        wrapped, sgd, n_steps=4, budget=Budget(units=0.5), criterion="l2_norm", example_inputs=X,
+        schedule=Schedule("linear", steps=1, every="2 steps"),
+    ) as cuts:  # fmt: skip
+        train(wrapped, sgd, 4)
+    assert cuts.plan is not None
+    assert {name: len(gone) for name, gone in cuts.plan.removed.items()} == {
+        "0:neuron": 8,
+        "2:neuron": 4,
+    }
+    assert shrink(model, cuts.plan, X)(X).shape == (32, 2)
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    def begin(cuts: int, state: dict[str, object] | None = None) -> Cuts:
+        schedule = Schedule("linear", steps=cuts, every="2 steps")
+        with pytest.raises(KeyboardInterrupt), prune_during(
+            mlp(), None, n_steps=12, budget=Budget(units=0.5), criterion="l2_norm",
+            schedule=schedule, example_inputs=X, state=state,
+        ) as begun:  # fmt: skip
+            raise KeyboardInterrupt
+        return begun
+
+    with pytest.raises(ConfigError, match="of a schedule with 2 cuts, this one has 3"):
+        begin(3, begin(2).state_dict())
+    with pytest.raises(ConfigError, match="due, plan are not in it"):
+        begin(2, {"steps": 3})

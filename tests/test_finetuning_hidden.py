@@ -277,3 +277,58 @@ def test_checkpointing_that_hides_the_gradient_is_named() -> None:
         objective = distill.objective(F.cross_entropy, X)
         with pytest.raises(ConfigError, match="use_reentrant=False"):
             objective(student(X.clone()), LABELS)
+
+
+class Blocks(nn.Module):
+    """A residual stream with blocks that can go whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3)
+        )
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.last(x)
+        return out
+
+
+def test_nothing_is_compared_in_layers_that_are_gone() -> None:
+    teacher = Blocks()
+    graph = trace(teacher, X)
+    scores = score(teacher, criterion="l2_norm", graph=graph, granularity="layer")
+    plan = select(scores, allocate(scores, Budget(units=0.5)))
+    assert plan.layers
+    masked = copy.deepcopy(teacher)
+    apply_masks_(masked, plan.masks)
+    losses = []
+    for student in (masked, shrink(teacher, plan, X, form="module")):
+        with Distillation(
+            teacher, student, weight=0.0, hidden=1.0, graph=graph, plan=plan
+        ) as distill:
+            objective = distill.objective(lambda out, _: 0 * out.sum(), X + 1)
+            losses.append(objective(student(X + 1), None).item())
+            assert not any(p.site.module.startswith(tuple(plan.layers)) for p in distill.points)
+    assert losses[0] == pytest.approx(losses[1])
+    with pytest.raises(ConfigError, match="removes every layer whose hidden states"):
+        hidden_points(graph, plan, [f"{name}.*" for name in plan.layers])
+
+
+def test_a_wrapped_student_is_seen_by_its_plain_names() -> None:
+    teacher = mlp()
+    graph, plan = cut(teacher, X)
+    config = Finetune(epochs=2, distill=0.5, hidden=1.0)
+    losses = []
+    for wrap in (lambda m: m, nn.DataParallel):  # names as under DistributedDataParallel
+        result = finetune(
+            wrap(copy.deepcopy(teacher)), [(X, LABELS)], F.cross_entropy, config,
+            masks=plan.masks, teacher=distillation(teacher, config, graph=graph, plan=plan),
+        )  # fmt: skip
+        losses.append(result.history[-1].train_loss)
+    assert losses[0] == losses[1]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune, Part, Training, finetune
 
 BATCHES = [(torch.ones(2, 3), torch.zeros(2, 1)), (2 * torch.ones(1, 3), torch.ones(1, 1))]
@@ -77,3 +81,16 @@ def test_a_gradient_that_a_part_adds_is_used() -> None:
     config = Finetune(epochs=1, optimizer="sgd", lr=0.5)
     finetune(layer, BATCHES, nn.functional.mse_loss, config, parts=[Push()])
     torch.testing.assert_close(layer.weight.detach(), before - 2 * 0.5)
+
+
+def test_only_the_first_of_several_metrics_has_to_be_a_number() -> None:
+    def metrics(model: nn.Module) -> dict[str, object]:
+        return {"accuracy": 0.75, "confusion": torch.eye(2)}
+
+    layer, loss, config = nn.Linear(3, 1), nn.functional.mse_loss, Finetune(epochs=1)
+    evaluate: Any = metrics
+    assert finetune(layer, BATCHES, loss, config, evaluate=evaluate).final_metric == 0.75
+    for answer in (None, "good", {"accuracy": "good"}):
+        evaluate = lambda model, answer=answer: answer  # noqa: E731
+        with pytest.raises(ConfigError, match="must return a number, or a dict whose first"):
+            finetune(layer, BATCHES, loss, config, evaluate=evaluate)

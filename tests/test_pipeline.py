@@ -828,10 +828,15 @@ def test_reinit_needs_modules_that_can_start_again() -> None:
 def test_progress_counts_every_step() -> None:
     seen: list[tuple[str, int, int]] = []
     run(progress=lambda *told: seen.append(told))
-    steps = [told for told in seen if told[0] in ("prune", "measure")]
-    assert steps == [("prune", 0, 2), ("prune", 1, 2), ("measure", 2, 2)]
+    steps = [told for told in seen if told[0].startswith(("prune", "measure"))]
+    assert len(BATCHES) == 4  # two cuts, each with four steps of healing
+    assert steps == [
+        ("prune: cut 1 of 2", 0, 10),
+        ("prune: cut 2 of 2", 5, 10),
+        ("measure", 10, 10),
+    ]
     assert any(what.startswith("score: batch 1 of ") for what, _, _ in seen)
-    assert any(what.startswith("heal: epoch 1, loss ") for what, _, _ in seen)
+    assert any(what.startswith("heal after cut 1 of 2: epoch 1 of 1, ") for what, _, _ in seen)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateurs import prune
+from secateurs.boards import BoardLog
+from secateurs.checkpoints import Checkpoints
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
+from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage, prune_stages
+from secateurs.pipeline.onlooking import work_of
 from secateurs.recipe import parse_recipe
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
+from secateurs.tickets import AtInit, TicketSearch, find_ticket, prune_at_init, train_ticket
 from secateurs.types import Budget
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -160,3 +166,201 @@ def test_all_of_it_from_a_recipe() -> None:
     assert second.finetune is not None
     assert second.finetune.hidden_at == ("layers.1",)
     assert parse_recipe(recipe.resolved()).resolved() == recipe.resolved()
+
+
+# --- from the start ------------------------------------------------------------------------------
+
+TRAIN = Finetune(epochs=3, lr=0.02)
+
+
+def test_a_stage_prunes_at_initialisation_and_trains() -> None:
+    for method in ("snip", "synflow", "force"):
+        result = run(
+            mlp(), budget=Budget(params=0.3), granularity="weight", finetune=TRAIN,
+            at_init=AtInit(method, iterations=3),
+        )  # fmt: skip
+        alone = prune_at_init(
+            mlp(), BATCHES, F.cross_entropy, method=method, iterations=3, example_inputs=X,
+            budget=Budget(params=0.3),
+        )  # fmt: skip
+        assert set(result.plan.masks) == set(alone.masks)
+        for name, mask in alone.masks.items():
+            assert torch.equal(result.plan.masks[name], mask)
+            assert not dict(result.model.named_parameters())[name][~mask].any()
+        (row,) = result.report.steps
+        assert (row.step, row.fraction) == (1, 1.0)
+        assert row.remaining["params"] == pytest.approx(0.3, abs=0.01)
+        assert result.counts.kept == {n: int(m.sum()) for n, m in alone.masks.items()}
+        assert result.history[0].steps == 12
+
+
+def test_a_stage_finds_a_ticket_and_trains_it() -> None:
+    given: dict[str, Any] = {"granularity": "weight", "criterion": "magnitude"}
+    result = run(
+        mlp(), budget=Budget(params=0.3), finetune=TRAIN, seed=4,
+        ticket=TicketSearch(rounds=2, rewind=0.25), **given,
+    )  # fmt: skip
+    model = mlp()
+    ticket = find_ticket(
+        model, BATCHES, F.cross_entropy, train=TRAIN, rounds=2, rewind=0.25, seed=4,
+        budget=Budget(params=0.3), allocation="uniform", example_inputs=X, **given,
+    )  # fmt: skip
+    train_ticket(model, ticket, BATCHES, F.cross_entropy, train=TRAIN, seed=4)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(result.masked.state_dict()[name], weight)
+    assert len(result.report.steps) == 1
+    assert result.history[0].steps == 9  # from step 3 of 12
+    notes = [note for note in result.report.notes if "ticket" in note]
+    assert [note.split(":")[0] for note in notes] == [
+        "ticket, round 1 of 2", "ticket, round 2 of 2", "the ticket is trained from step 3; reset"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at_init": AtInit("force")}, "force judges single weights"),
+        ({"at_init": AtInit(), "criterion": "magnitude"}, "does not read criterion"),
+        ({"at_init": AtInit(), "schedule": ONCE}, "does not read schedule"),
+        ({"at_init": AtInit(), "allocation": "global"}, "does not read allocation"),
+        ({"at_init": AtInit(), "budget": Budget(metric_drop=0.1)}, "units, params, macs or bytes"),
+        ({"at_init": AtInit(), "ticket": TicketSearch(), "finetune": TRAIN}, "give one of them"),
+        ({"ticket": TicketSearch()}, "give finetune="),
+        ({"ticket": TicketSearch(), "finetune": TRAIN, "schedule": ONCE}, "not read schedule"),
+        ({"ticket": TicketSearch(), "finetune": Finetune(distill=0.5)}, "without a teacher"),
+        ({"ticket": TicketSearch(rewind=12), "finetune": TRAIN}, "nothing would be trained after"),
+        ({"ticket": "yes", "finetune": TRAIN}, "must be a TicketSearch"),
+    ],
+)
+def test_what_cannot_start_is_said_before(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(mlp(), **{"budget": Budget(params=0.3), **options})
+
+
+def test_only_the_first_stage_starts() -> None:
+    late = Stage(Budget(params=0.3), at_init=AtInit())
+    with pytest.raises(ConfigError, match="stage 2: at_init begins with a whole network"):
+        prune_stages(mlp(), BATCHES, F.cross_entropy, [late, late], example_inputs=X)
+
+
+# --- what a run shows ----------------------------------------------------------------------------
+
+LOGGED: dict[str, list[Stage]] = {
+    "rounds": [
+        Stage(
+            Budget(units=0.5), criterion="l2_norm", schedule=Schedule("linear", 2), finetune=TRAIN,
+            prepare=TRAIN, penalty=Penalty("group_lasso"),
+        )
+    ],
+    "within": [
+        Stage(
+            Budget(units=0.5), criterion="l2_norm", schedule=Schedule("linear", 2, every="3 steps"),
+            finetune=TRAIN,
+        )
+    ],
+    "ticket": [
+        Stage(Budget(units=0.5), finetune=TRAIN, ticket=TicketSearch(rounds=2, rewind=2),
+              granularity="weight"),
+    ],
+}  # fmt: skip
+
+
+def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value), what a reader of the folder sees."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(folder))
+    seen.Reload()
+    return {t: [(e.step, e.value) for e in seen.Scalars(t)] for t in seen.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("case", LOGGED)
+def test_a_log_sees_every_training_and_cut_and_changes_nothing(case: str, tmp_path: Path) -> None:
+    def whole(**options: Any) -> Any:
+        return prune_stages(
+            mlp(), BATCHES, F.cross_entropy, LOGGED[case], example_inputs=X,
+            evaluate=lambda m: -loss_of(m), **options,
+        )  # fmt: skip
+
+    told: list[tuple[str, int, int]] = []
+    plain = whole()
+    with BoardLog(tmp_path) as log:
+        result = whole(log=log, progress=lambda *now: told.append(now))
+    for name, weight in plain.masked.state_dict().items():
+        assert torch.equal(result.masked.state_dict()[name], weight)
+    seen = logged(tmp_path)
+    trained, cuts = {"rounds": (36, 2), "within": (12, 2), "ticket": (32, 1)}[case]
+    assert [step for step, _ in seen["train/learning rate"]] == list(range(trained))
+    key = "kept units/0:neuron" if case != "ticket" else "kept units/0.weight"
+    assert len(seen[key]) == cuts
+    assert len(seen["train/loss"]) == {"rounds": 9, "within": 3, "ticket": 10}[case]
+    total = work_of(LOGGED[case][0], BATCHES)
+    assert total == trained + cuts == told[-1][2]
+    done = [n for _, n, _ in told]
+    assert done == sorted(done)
+    assert done[-1] == total
+    assert done[-2] >= total - 1
+    assert sum("% zeros" in what for what, _, _ in told) == len(seen["train/loss"])
+
+
+class Stopped(BaseException):
+    """In place of a crash."""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_resumed_run_goes_on_with_its_log(first: bool, tmp_path: Path) -> None:
+    """Also when only the resumed part has one."""
+
+    def go(stop: int, folder: Path | None, **options: Any) -> Any:
+        calls = 0
+
+        def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise Stopped
+            return F.cross_entropy(outputs, targets)
+
+        if folder is None:
+            return prune_stages(mlp(), BATCHES, loss, LOGGED["rounds"], example_inputs=X, **options)
+        with BoardLog(folder) as log:
+            return prune_stages(
+                mlp(), BATCHES, loss, LOGGED["rounds"], example_inputs=X, log=log, **options
+            )
+
+    expected = go(0, tmp_path / "whole")
+    kept = Checkpoints(tmp_path / "kept", every=1)
+    board = tmp_path / "board"
+    with pytest.raises(Stopped):
+        go(24, board if first else None, checkpoint=kept)
+    result = go(0, board, checkpoint=kept, resume=True)
+    for name, weight in expected.masked.state_dict().items():
+        assert torch.equal(result.masked.state_dict()[name], weight)
+    whole, found = logged(tmp_path / "whole"), logged(board)
+    for tag in ("train/loss", "train/learning rate"):
+        mine, others = dict(found[tag]), dict(whole[tag])
+        if not first:
+            others = {step: value for step, value in others.items() if step >= min(mine)}
+        assert mine == others
+        assert max(mine) == (36 if tag == "train/loss" else 35)
+        assert mine  # at steps that the whole run has too
+
+
+def test_the_bar_knows_how_long_it_takes_when_epochs_are_slow() -> None:
+    """Two epochs an hour apart are enough; rich would forget the first after half a minute."""
+    from rich.progress import Progress as RichProgress
+
+    clock = [0.0]
+    left = {}
+    for period in (30.0, float("inf")):
+        clock[0] = 0.0
+        shown = RichProgress(
+            get_time=lambda: clock[0], speed_estimate_period=period, auto_refresh=False
+        )
+        task = shown.add_task("t", total=10)
+        for done in (0, 1, 2):
+            shown.update(task, completed=done)
+            clock[0] += 3600
+        left[period] = shown.tasks[0].time_remaining
+    assert left[30.0] is None
+    assert left[float("inf")] == 8 * 3600

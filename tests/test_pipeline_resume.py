@@ -17,7 +17,9 @@ from secateurs.errors import ConfigError, FileFormatError
 from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage, prune, prune_stages
 from secateurs.pipeline.packing import pack, unpack
+from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
+from secateurs.tickets import AtInit, TicketSearch
 from secateurs.types import Budget, Counts, Plan, Threshold
 from tests.checkpoints.scenarios import SGD, X, accuracy, loader, net, report_marks
 
@@ -71,6 +73,19 @@ CASES: dict[str, list[Stage]] = {
         Stage(Budget(units=0.3, metric_drop=0.2), schedule=Schedule("cubic", 3), finetune=ONE)
     ],
     "auto": [Stage("auto", finetune=ONE, schedule=Schedule("exponential", 3))],
+    "at init": [
+        Stage(
+            HALF, granularity="weight", at_init=AtInit("snip", batches_per_iteration=2),
+            finetune=SGD, regrow=Regrow("set", every=3),
+        )
+    ],
+    "ticket": [
+        Stage(
+            HALF, granularity="weight", criterion="magnitude", finetune=SGD,
+            ticket=TicketSearch(rounds=2, rewind=0.2),
+        ),
+        Stage(HALF, schedule=Schedule("linear", 1)),
+    ],
     "prepared": [
         Stage(
             HALF, schedule=Schedule("linear", 2), finetune=ONE, prepare=SGD,

@@ -15,6 +15,7 @@ from secateurs.finetuning import Finetune
 from secateurs.imports import import_function
 from secateurs.recipe import Recipe, override, parse_recipe, read_recipe
 from secateurs.schedules import Schedule
+from secateurs.tickets import AtInit, TicketSearch
 from secateurs.types import Budget, Threshold
 
 GOOD: dict[str, Any] = {"task": "digits-mlp", "budget": {"macs": 0.5}}
@@ -212,6 +213,61 @@ def test_the_error_names_the_file(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{file}:\n  recipe: give exactly one of")
 
 
+# --- from the start ------------------------------------------------------------------------------
+
+INIT: dict[str, Any] = {
+    "task": "a", "start": "untrained", "granularity": "weight", "budget": {"params": 0.1},
+    "at_init": "force",
+}  # fmt: skip
+LOTTERY: dict[str, Any] = {
+    "task": "a", "granularity": "weight", "budget": {"params": 0.1}, "criterion": "magnitude",
+    "ticket": {"rounds": 4, "rewind": 0.1, "reset": "lr"}, "finetune": {"epochs": 2},
+}  # fmt: skip
+
+
+def test_pruning_at_initialisation() -> None:
+    recipe = parse_recipe(INIT)
+    assert recipe.all_stages()[0].at_init == AtInit("force")
+    found = recipe.resolved()
+    assert found["start"] == "untrained"
+    assert found["at_init"] == {"method": "force"}
+    assert not {"criterion", "allocation", "schedule", "round_to"} & set(found)
+    assert "start" not in parse_recipe(GOOD).resolved()
+
+
+def test_a_ticket() -> None:
+    recipe = parse_recipe(LOTTERY)
+    assert recipe.all_stages()[0].ticket == TicketSearch(rounds=4, rewind=0.1, reset="lr")
+    found = recipe.resolved()
+    assert found["ticket"] == {"rounds": 4, "rewind": 0.1, "reset": "lr"}
+    assert found["criterion"] == "magnitude"
+    assert "schedule" not in found
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({**INIT, "start": "untrianed"},
+         "start: unknown start 'untrianed'. Did you mean 'untrained'? "
+         "(choices: trained, untrained)"),
+        ({**INIT, "start": "trained"},
+         "at_init: is for a network that was not trained: add start: untrained"),
+        ({**INIT, "criterion": "taylor"}, "criterion: at_init does not read it: leave it away"),
+        ({**INIT, "at_init": {"methd": "snip"}}, "at_init.methd: unknown key. Did you mean "
+         "'method'?"),
+        ({**LOTTERY, "ticket": {"round": 3}}, "ticket.round: unknown key. Did you mean 'rounds'?"),
+        ({**INIT, "finetune": {"distill": 0.5}},
+         "finetune: an untrained network teaches nothing: no distill, no hidden"),
+        ({**GOOD, "start": "untrained", "max_drop": 0.1},
+         "max_drop: the metric of an untrained network is nothing to hold on to"),
+        ({**GOOD, "start": "untrained", "budget": "auto"},
+         "budget: the metric of an untrained network is nothing to hold on to"),
+    ],
+)  # fmt: skip
+def test_what_cannot_start(data: dict[str, Any], line: str) -> None:
+    assert line in problems(data)
+
+
 # --- overrides -----------------------------------------------------------------------------------
 
 
@@ -275,6 +331,16 @@ STAGES: dict[str, Any] = {
     [
         GOOD,
         STAGES,
+        INIT,
+        LOTTERY,
+        {
+            "task": "a",
+            "start": "untrained",
+            "stages": [
+                {k: INIT[k] for k in ("granularity", "budget", "at_init")},
+                {"budget": {"macs": 0.5}},
+            ],
+        },
         {**OWN, "criterion": {"name": "taylor", "finish": "abs"}, "granularity": ["head"]},
         {**OWN, "latency": [], "budget": {"params": "1.5M"}, "maximize": False, "seed": 9},
         {"task": "a", "threshold": {"rule": "mean"}, "schedule": {"curve": "linear", "steps": 3}},

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from secateurs.errors import FileFormatError
-from secateurs.tensorfiles import read_tensors, write_tensors
+from secateurs.tensorfiles import as_bytes, read_tensors, write_tensors
 
 
 def test_there_and_back(tmp_path: Path) -> None:
@@ -52,3 +54,20 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "f").write_bytes(content)
         with pytest.raises(FileFormatError, match="truncated or no safetensors"):
             read_tensors(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6, dtype=torch.int16).reshape(2, 3).T,
+        torch.tensor([1 + 2j]).conj(),
+        torch.zeros(2, 3)[:1, 1],
+        torch.zeros(0, 2),
+        torch.tensor(1.5),
+    ],
+)
+def test_bytes_are_those_of_the_entries_in_order(tensor: Tensor) -> None:
+    assert (
+        as_bytes(tensor).numpy().tobytes()
+        == np.array(tensor.tolist()).astype(str(tensor.dtype).removeprefix("torch.")).tobytes()
+    )

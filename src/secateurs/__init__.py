@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from secateurs.allocation import allocate as allocate
     from secateurs.allocation import preview as preview
     from secateurs.carrying import carry_optimizer as carry_optimizer
+    from secateurs.checkpoints import Checkpoints as Checkpoints
     from secateurs.diagnosis import diagnose as diagnose
     from secateurs.during import prune_during as prune_during
     from secateurs.errors import PruningError as PruningError
+    from secateurs.finetuning import Distillation as Distillation
     from secateurs.finetuning import Finetune as Finetune
     from secateurs.finetuning import finetune as finetune
     from secateurs.graph import trace as trace
@@ -36,9 +38,16 @@ if TYPE_CHECKING:
     from secateurs.masks import bake_masks_ as bake_masks_
     from secateurs.masks import hold_masks as hold_masks
     from secateurs.measurement import measure as measure
+    from secateurs.penalties import Penalty as Penalty
     from secateurs.pipeline import Stage as Stage
     from secateurs.pipeline import prune as prune
     from secateurs.pipeline import prune_stages as prune_stages
+    from secateurs.posttraining import compensate_bias as compensate_bias
+    from secateurs.posttraining import prune_layerwise as prune_layerwise
+    from secateurs.posttraining import recalibrate_norms as recalibrate_norms
+    from secateurs.posttraining import reconstruct as reconstruct
+    from secateurs.regrowth import Regrow as Regrow
+    from secateurs.regrowth import regrow_masks as regrow_masks
     from secateurs.report.scores import plot_agreement as plot_agreement
     from secateurs.report.scores import plot_scores as plot_scores
     from secateurs.report.sensitivity import plot_sensitivity as plot_sensitivity
@@ -58,6 +67,12 @@ if TYPE_CHECKING:
     from secateurs.surgery import shrink as shrink
     from secateurs.surgery import slice_masks as slice_masks
     from secateurs.surgery import verify as verify
+    from secateurs.tickets import AtInit as AtInit
+    from secateurs.tickets import TicketSearch as TicketSearch
+    from secateurs.tickets import find_ticket as find_ticket
+    from secateurs.tickets import prune_at_init as prune_at_init
+    from secateurs.tickets import reinitialise_sparse_ as reinitialise_sparse_
+    from secateurs.tickets import train_ticket as train_ticket
     from secateurs.types import Budget as Budget
     from secateurs.types import Threshold as Threshold
     from secateurs.watching import watch as watch
@@ -69,9 +84,11 @@ _ROOMS = {
     "preview": "allocation",
     "Sensitivity": "allocation",
     "carry_optimizer": "carrying",
+    "Checkpoints": "checkpoints",
     "diagnose": "diagnosis",
     "prune_during": "during",
     "PruningError": "errors",
+    "Distillation": "finetuning",
     "Finetune": "finetuning",
     "finetune": "finetuning",
     "trace": "graph",
@@ -83,13 +100,20 @@ _ROOMS = {
     "bake_masks_": "masks",
     "hold_masks": "masks",
     "measure": "measurement",
+    "Penalty": "penalties",
     "prune": "pipeline",
     "prune_stages": "pipeline",
     "Stage": "pipeline",
-    "Schedule": "schedules",
+    "compensate_bias": "posttraining",
+    "prune_layerwise": "posttraining",
+    "recalibrate_norms": "posttraining",
+    "reconstruct": "posttraining",
+    "Regrow": "regrowth",
+    "regrow_masks": "regrowth",
     "plot_agreement": "report.scores",
     "plot_scores": "report.scores",
     "plot_sensitivity": "report.sensitivity",
+    "Schedule": "schedules",
     "agreement": "scores",
     "combine": "scores",
     "load_scores": "scores",
@@ -105,6 +129,12 @@ _ROOMS = {
     "shrink": "surgery",
     "slice_masks": "surgery",
     "verify": "surgery",
+    "AtInit": "tickets",
+    "find_ticket": "tickets",
+    "prune_at_init": "tickets",
+    "reinitialise_sparse_": "tickets",
+    "TicketSearch": "tickets",
+    "train_ticket": "tickets",
     "Budget": "types",
     "Threshold": "types",
     "watch": "watching",

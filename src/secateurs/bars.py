@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,7 @@ def bar(title: str) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        speed_estimate_period=math.inf,  # an epoch may take an hour
         console=Console(stderr=True),
         transient=True,
     ) as shown:
@@ -41,12 +43,24 @@ def bar(title: str) -> Iterator[Progress]:
         yield step
 
 
-def epoch_text(what: str, epoch: int, loss: float, metric: float | None) -> str:
-    """One line for an epoch that is done.
+def epoch_text(
+    what: str,
+    epoch: int,
+    loss: float,
+    metric: float | None,
+    *,
+    epochs: int | None = None,
+    zeros: float | None = None,
+) -> str:
+    """One line for an epoch that is done, of how many, and the share of zeros among all weights.
 
     Example:
         >>> epoch_text("heal", 2, 0.04321, 0.98)
         'heal: epoch 2, loss 0.0432, metric 0.98'
+        >>> epoch_text("heal", 2, 0.04321, None, epochs=5, zeros=0.8)
+        'heal: epoch 2 of 5, loss 0.0432, 80.0% zeros'
     """
+    end = "" if epochs is None else f" of {epochs}"
     tail = "" if metric is None else f", metric {metric:.4g}"
-    return f"{what}: epoch {epoch}, loss {loss:.3g}{tail}"
+    share = "" if zeros is None else f", {zeros:.1%} zeros"
+    return f"{what}: epoch {epoch}{end}, loss {loss:.3g}{tail}{share}"

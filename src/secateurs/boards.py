@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from secateurs.errors import ConfigError, MissingDependencyError
 from secateurs.finetuning import EpochRow, Part, Training
-from secateurs.masks import model_sparsity
+from secateurs.masks import model_sparsity, named_tensors
+from secateurs.masks.sets import validate
 from secateurs.types import Graph, GroupTarget, Plan
 
 __all__ = ["BoardLog"]
@@ -72,9 +73,9 @@ class BoardLog(Part):
         norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
         self._scalar("train/gradient norm", norm.item())
         if steps % self.every == 0:
-            masks = self._training.held.masks
+            masks = _masks_of(self._training)
             for name, parameter in trained.items():
-                self._histogram(f"gradients/{name}", parameter.grad, masks.get(name))
+                self._histogram(f"gradients/{name}", parameter.grad, masks.get(id(parameter)))
 
     def stepped(self, steps: int) -> None:
         """The learning rate; sometimes weights and the share of zeros."""
@@ -83,9 +84,9 @@ class BoardLog(Part):
         self._scalar("train/learning rate", float(optimizer.param_groups[0]["lr"]))
         if (steps - 1) % self.every == 0:
             self._scalar("pruning/zeros", model_sparsity(model))
-            masks = self._training.held.masks
+            masks = _masks_of(self._training)
             for name, parameter in model.named_parameters():
-                self._histogram(f"weights/{name}", parameter, masks.get(name))
+                self._histogram(f"weights/{name}", parameter, masks.get(id(parameter)))
         self._now = self._before + steps
 
     def state(self) -> dict[str, Any]:
@@ -133,6 +134,16 @@ class BoardLog(Part):
         values = values[torch.isfinite(values)]
         if values.numel():
             self._open().add_histogram(name, values.cpu(), self._now)
+
+
+def _masks_of(training: Training) -> dict[int, Tensor]:
+    """Id of a parameter -> its mask, under whichever names masks are held (DDP, tied weights)."""
+    held, found = training.held.masks, dict[int, Tensor]()
+    tensors, full = named_tensors(training.model), validate(training.model, held)
+    for name, mask in held.items():
+        key = id(tensors[full[name]])
+        found[key] = found[key] & mask if key in found else mask
+    return found
 
 
 def _writer_class() -> Any:

@@ -16,15 +16,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from secateurs.allocation import RoundTo
-from secateurs.distributed import Group
+from secateurs.checkpoints import random_state, set_random_state
+from secateurs.distributed import Group, plain
 from secateurs.errors import BudgetError, ConfigError
 from secateurs.graph import trace
 from secateurs.masks import HeldMasks, hold_masks
+from secateurs.masks.states import skips, unwrapped
 from secateurs.pipeline import Stage
 from secateurs.pipeline.request import given
 from secateurs.pipeline.run import Ranking
@@ -113,12 +114,13 @@ def prune_during(
     _check_passes(stage)
     if graph is None:
         if example_inputs is None and batches is not None:
-            example_inputs = next(iter(batches))[0]
+            with _unseen(batches):
+                example_inputs = next(iter(batches))[0]
         if example_inputs is None:
             raise ConfigError("give example_inputs, batches or a graph: the model is traced first")
-        graph = trace(model, example_inputs)
+        graph = trace(plain(model), example_inputs)
     several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    inner = [getattr(one, "optimizer", one) for one in several if one is not None]
+    inner = [unwrapped(one) for one in several if one is not None]
     with ExitStack() as stack:
         held = stack.enter_context(hold_masks(model, inner, {}))
         cuts = Cuts(
@@ -130,7 +132,9 @@ def prune_during(
         else:
             cuts.load_state_dict(state)
         if inner:
-            hook = inner[0].register_step_post_hook(lambda *_: cuts.step())
+            hook = inner[0].register_step_post_hook(
+                lambda first, *_: None if skips(first) else cuts.step()
+            )
             stack.callback(hook.remove)
         cuts.begin()
         yield cuts
@@ -141,6 +145,16 @@ def prune_during(
             f"asked for. n_steps={n_steps} was said",
             stacklevel=3,
         )
+
+
+@contextmanager
+def _unseen(batches: Batches | None) -> Iterator[None]:
+    """The training goes on as if nobody had looked, or read these batches."""
+    before = random_state(batches)
+    try:
+        yield
+    finally:
+        set_random_state(before, batches)
 
 
 def _check_measured(budget: Any) -> None:
@@ -230,7 +244,7 @@ class Cuts:
     def _scores(self) -> Scores:
         """Of what is left."""
         stage = self._stage
-        with torch.random.fork_rng():  # the training goes on as if nobody had looked
+        with _unseen(self._batches):
             return score(
                 self._model, self._batches, self._loss_fn, criterion=stage.criterion,
                 graph=self.graph, granularity=stage.granularity, previous=self.plan,
@@ -273,16 +287,39 @@ class Cuts:
         plan = self.plan
         held = {} if plan is None else {f.name: getattr(plan, f.name) for f in fields(plan)}
         held.pop("detail", None)
-        plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in held.items()}
-        return {"steps": self.steps, "due": list(self.due), "plan": plain or None}
+        bare = {k: dict(v) if isinstance(v, Mapping) else v for k, v in held.items()}
+        found: dict[str, Any] = {
+            "steps": self.steps, "due": list(self.due), "cuts": self._stage.steps.steps,
+            "plan": bare or None,
+        }  # fmt: skip
+        if self._first is not None:
+            scores = self._first.scores
+            found["first"] = {
+                f.name: getattr(scores, f.name) for f in fields(scores) if f.name != "graph"
+            }
+            for name in ("values", "not_scored"):
+                found["first"][name] = dict(found["first"][name])
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there: the masks are held at once.
 
         Raises:
-            ConfigError: the plan is of another model.
+            ConfigError: the plan is of another model, or the schedule has another number of cuts.
         """
+        if missing := [name for name in ("steps", "due", "plan") if name not in state]:
+            raise ConfigError(
+                f"state must be what Cuts.state_dict() gave; {', '.join(missing)} are not in it"
+            )
+        asked = self._stage.steps.steps
+        if (begun := state.get("cuts", asked)) != asked:
+            raise ConfigError(
+                f"the state is of a schedule with {begun} cuts, this one has {asked}: go on with "
+                "the schedule that was begun"
+            )
         self.steps, self.due = int(state["steps"]), list(state["due"])
         if state["plan"] is not None:
             self.plan = Plan(**state["plan"], detail=self.graph.detail)
             self.held.replace(self.plan.masks)
+        first = state.get("first")
+        self._first = None if first is None else Ranking(Scores(self.graph, **first))

@@ -18,24 +18,35 @@ from typing import Any
 import yaml
 from torch import nn
 
-from secateurs.bars import Progress, epoch_text
+from secateurs.bars import Progress
 from secateurs.boards import BoardLog
+from secateurs.checkpoints import Checkpoints, differences
 from secateurs.errors import ConfigError, FileFormatError
-from secateurs.finetuning import EpochRow, Finetune, FinetuneResult, distillation, finetune
+from secateurs.finetuning import Finetune, FinetuneResult, distillation, finetune
 from secateurs.graph import trace
 from secateurs.imports import import_function
 from secateurs.masks import apply_masks_
+from secateurs.pipeline.onlooking import Onlooker, length
 from secateurs.pipeline.request import random_state
 from secateurs.recipe import Recipe, parse_recipe
 from secateurs.recipe.reading import override
 from secateurs.report.assemble import metrics_of
-from secateurs.runner import Problem, load_problem
+from secateurs.runner import Problem, check_output, is_finished, load_problem
 from secateurs.surgery import load, save, slice_masks
 from secateurs.surgery.files import load_plan
 from secateurs.tasks import get_task
 from secateurs.types import Plan
 
-__all__ = ["FILES", "Healed", "Saved", "check_saved", "heal_saved", "read_saved", "write_healed"]
+__all__ = [
+    "FILES",
+    "Healed",
+    "Saved",
+    "check_saved",
+    "heal_saved",
+    "is_healed",
+    "read_saved",
+    "write_healed",
+]
 
 FILES = ("model.safetensors", "plan.json", "graph.json", "recipe.yaml", "finetune.json")
 
@@ -136,11 +147,28 @@ def check_saved(saved: Saved, out: Path, force: bool) -> None:
     """
     if out.resolve() == saved.directory.resolve():
         raise ConfigError(f"{out} is the directory that is read; name another one with --out")
-    if out.is_file():
-        raise ConfigError(f"{out} is a file; name a directory")
-    held = [name for name in FILES if (out / name).exists()]
-    if held and not force:
-        raise ConfigError(f"{out} already holds {', '.join(held)}. Add --force to overwrite")
+    check_output(out, force, FILES)
+
+
+def is_healed(
+    saved: Saved, out: Path, checkpoints: Checkpoints, *, resume: bool, force: bool
+) -> bool:
+    """Whether a directory has all results of this training already; else it may be made there.
+
+    Arguments and errors as `is_complete` of the runner, and as `check_saved`.
+    """
+    check_saved(saved, out, force=True)
+
+    def others() -> list[str]:
+        told = json.loads((out / "finetune.json").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+        asked = json.loads(json.dumps(asdict(saved.config)))
+        mine = yaml.safe_load(saved.recipe.anchored(saved.directory).to_yaml())
+        return differences(
+            {"finetune": told["finetune"], "recipe": recipe}, {"finetune": asked, "recipe": mine}
+        )
+
+    return is_finished(out, FILES, others, checkpoints, resume=resume, force=force)
 
 
 def heal_saved(
@@ -148,13 +176,16 @@ def heal_saved(
     *,
     tensorboard: Path | None = None,
     progress: Progress | None = None,
+    checkpoint: Checkpoints | None = None,
+    resume: bool = False,
 ) -> Healed:
     """Train a saved model further, by the data and the loss of its recipe.
 
     Args:
         saved: from `read_saved`.
         tensorboard: folder of a log; None writes none.
-        progress: called with (what, epochs done, epochs in all).
+        progress: called with (what, optimizer steps done, all of them).
+        checkpoint, resume: as in `finetune`.
 
     Raises:
         PruningError: files that are damaged, data that is missing, or a training that diverges.
@@ -175,18 +206,18 @@ def heal_saved(
     with ExitStack() as stack:
         log = None if tensorboard is None else stack.enter_context(BoardLog(tensorboard))
 
-        def told(row: EpochRow) -> None:
-            if log is not None:
-                log.epoch(row)
-            if progress is not None:
-                text = epoch_text("train further", row.epoch, row.train_loss, row.metric)
-                progress(text, row.epoch, config.n_epochs or 0)
+        total = length(config, problem.train)
 
+        def say(text: str, done: int) -> None:
+            if progress is not None:
+                progress(text, min(done, total), total)
+
+        looker = Onlooker(say, "train further", epochs=config.n_epochs, log=log)
         stack.enter_context(random_state(recipe.seed))
         done = finetune(
             small, problem.train, problem.loss_fn, config, masks=masks,
             teacher=_teacher(saved, problem, plan), evaluate=evaluate, maximize=recipe.maximize,
-            parts=[] if log is None else [log], progress=told,
+            parts=[looker], progress=looker.epoch, checkpoint=checkpoint, resume=resume,
         )  # fmt: skip
     small.eval()
     test = metrics_of(small, lambda m: problem.metric(m, problem.test))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from secateurs.bars import Progress, epoch_text
 from secateurs.batches import batch_size, check_batches, iterate, model_device, preserve
+from secateurs.boards import BoardLog
 from secateurs.checkpoints import Checkpoints, differences, flush
 from secateurs.errors import ConfigError, PruningError
 from secateurs.finetuning import EpochRow, Finetune
@@ -38,6 +39,7 @@ __all__ = [
     "check_output",
     "check_recipe",
     "is_complete",
+    "is_finished",
     "load_problem",
     "run_recipe",
     "write_results",
@@ -78,8 +80,13 @@ class Problem:
     groups: Mapping[str, Sequence[Any]] | None = None
 
 
-def check_output(out: Path, force: bool) -> None:
+def check_output(out: Path, force: bool, files: Sequence[str] = RESULTS) -> None:
     """Refuse to overwrite earlier results.
+
+    Args:
+        out: directory.
+        force: overwrite.
+        files: that are results.
 
     Raises:
         ConfigError: the directory holds results and `force` is not set, or cannot be made.
@@ -89,7 +96,7 @@ def check_output(out: Path, force: bool) -> None:
         raise ConfigError(f"{there} is a file; name a directory")
     if not os.access(there, os.W_OK):
         raise ConfigError(f"{there} cannot be written to; choose another --out")
-    held = [name for name in RESULTS if (out / name).exists()]
+    held = [name for name in files if (out / name).exists()]
     if held and not force:
         raise ConfigError(
             f"{out} already holds {', '.join(held)}. "
@@ -112,6 +119,34 @@ def is_complete(
     Raises:
         ConfigError: what is there would be lost, or belongs to another recipe.
     """
+
+    def others() -> list[str]:
+        held = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
+        return differences(held, yaml.safe_load(recipe.to_yaml()))
+
+    return is_finished(out, RESULTS, others, checkpoints, resume=resume, force=force)
+
+
+def is_finished(
+    out: Path,
+    files: Sequence[str],
+    others: Callable[[], list[str]],
+    checkpoints: Checkpoints,
+    *,
+    resume: bool,
+    force: bool,
+) -> bool:
+    """Whether a directory has all results already; else they may be made there.
+
+    Args:
+        out: directory of the results.
+        files: the results; `graph.json` is not always among them.
+        others: what differs between the recipe of results that are there and this one.
+        checkpoints, resume, force: as in `is_complete`.
+
+    Raises:
+        ConfigError: what is there would be lost, or belongs to another recipe.
+    """
     unfinished = bool(checkpoints.files)
     if resume and unfinished:
         return False  # whatever results are there, it has begun to write them
@@ -120,10 +155,9 @@ def is_complete(
             f"{out} holds the checkpoints of a run that was not finished. Go on with it by "
             "--resume, start again by --force, or choose another --out"
         )
-    needed = set(RESULTS) - {"graph.json"}
+    needed = set(files) - {"graph.json"}
     if resume and all((out / name).exists() for name in needed):
-        held = yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))
-        other = differences(held, yaml.safe_load(recipe.to_yaml()))
+        other = others()
         if not other:
             return True
         if not force:
@@ -131,7 +165,7 @@ def is_complete(
                 f"{out} holds the results of another recipe: {'; '.join(other)}. "
                 "Add --force to overwrite, or choose another --out"
             )
-    check_output(out, force)
+    check_output(out, force, files)
     checkpoints.clear()
     return False
 
@@ -159,12 +193,19 @@ def load_problem(
     if recipe.task is None:
         return _own_problem(recipe, base)
     task = get_task(recipe.task)
-    if train:
+    if recipe.start == "untrained":
+        with random_state(recipe.seed):
+            model = task.build().eval()
+        data = task.load(recipe.seed, full_data=recipe.full_data)
+    elif train:
 
         def trained(row: EpochRow) -> None:
             if progress is not None:
-                text = epoch_text("train the dense network", row.epoch, row.train_loss, row.metric)
-                progress(text, row.epoch, task.train_recipe.epochs)
+                epochs = task.train_recipe.epochs
+                text = epoch_text(
+                    "train the dense network", row.epoch, row.train_loss, row.metric, epochs=epochs
+                )
+                progress(text, row.epoch, epochs)
 
         model, data, _ = dense_checkpoint(
             task, recipe.seed, full_data=recipe.full_data, progress=trained
@@ -264,6 +305,7 @@ def run_recipe(
     *,
     out: str = "",
     progress: Progress | bool = False,
+    log: BoardLog | None = None,
     checkpoint: Checkpoints | None = None,
     resume: bool = False,
 ) -> PruneResult:
@@ -273,7 +315,7 @@ def run_recipe(
         recipe: what to do.
         problem: from `load_problem`.
         out: the directory of the results, for the suggestions in the report.
-        progress, checkpoint, resume: as in `prune_stages`.
+        progress, log, checkpoint, resume: as in `prune_stages`.
 
     Raises:
         ConfigError: the recipe asks for a comparison with controls, which is many runs.
@@ -309,13 +351,25 @@ def run_recipe(
         seed=recipe.seed,
         latency=recipe.latency,
         progress=progress,
+        log=log,
         checkpoint=checkpoint,
         resume=resume,
     )
     sizes = ", ".join(f"{n} {split}" for split, n in problem.sizes.items())
-    notes = (f"samples: {sizes}",) if sizes else ()
+    notes: tuple[str, ...] = (f"samples: {sizes}",) if sizes else ()
+    headline = result.report.headline
+    if recipe.start == "untrained":
+        headline += " Before, the network was not trained."
+        whose = (
+            f"as built under seed {recipe.seed}" if recipe.task else f"as {recipe.model} gave it"
+        )
+        notes += (
+            f"start: untrained. Metrics 'before' and 'dense' are those of the untrained network, "
+            f"{whose}: they say what chance gives, not what a trained dense network can do",
+        )
     result.report = replace(
         result.report,
+        headline=headline,
         title=problem.name,
         recipe=recipe.resolved(),
         notes=(*notes, *result.report.notes),
@@ -334,9 +388,10 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
     key = f"stages.{len(recipe.stages) - 1}." if recipe.stages else ""
     stage = recipe.all_stages()[-1]
 
-    def again(change: str, name: str) -> str:
-        change = f"--set {shlex.quote(key + change)} --out {shlex.quote(f'{where}-{name}')}"
-        return f"secateurs run {shlex.quote(f'{where}/recipe.yaml')} {change}"
+    def again(name: str, *changes: str) -> str:
+        sets = " ".join(f"--set {shlex.quote(key + change)}" for change in changes)
+        recipe = shlex.quote(f"{where}/recipe.yaml")
+        return f"secateurs run {recipe} {sets} --out {shlex.quote(f'{where}-{name}')}"
 
     lines = []
     sizes = stage.budget.sizes if isinstance(stage.budget, Budget) else {}
@@ -347,17 +402,22 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
             "less deep", min(1.5 * share, (1 + share) / 2)
         )  # fmt: skip
         change = f"budget.{quantity}={share:.3g}"
-        lines.append(f"cut {word}: {again(change, word.replace(' ', '-'))}")
+        lines.append(f"cut {word}: {again(word.replace(' ', '-'), change)}")
     else:
         config = stage.finetune or Finetune(epochs=5)
         name = "epochs" if config.steps is None else "steps"
         change = f"finetune.{name}={2 * (getattr(config, name) or 1)}"
-        lines.append(f"heal longer: {again(change, 'longer')}")
-    if stage.control is None:
+        lines.append(f"heal longer: {again('longer', change)}")
+    if stage.at_init is not None:
+        chance = "at_init=null", "criterion=random", "schedule={curve: one_shot, steps: 1}"
+        lines.append(f"is {stage.at_init.method} better than chance? {again('random', *chance)}")
+    elif stage.ticket is not None:
+        lines.append(f"is the ticket better than chance? {again('random', 'criterion=random')}")
+    elif stage.control is None:
         control = "random" if stage.budget is not None else "shuffle"
-        lines.append(f"is the criterion better than chance? {again(f'control={control}', control)}")
+        lines.append(f"is the criterion better than chance? {again(control, f'control={control}')}")
     else:
-        lines.append(f"the criterion itself, not its control: {again('control=null', 'method')}")
+        lines.append(f"the criterion itself, not its control: {again('method', 'control=null')}")
     if recipe.task is None:
         lines.append(f'use it: secateurs.load("{where}", factory), factory: {recipe.model}')
     else:

@@ -2,6 +2,7 @@
 
 write_tensors(path, tensors, texts)
 read_tensors(path) -> tensors, texts
+as_bytes(tensor) -> its bytes, for files, hashes and collectives
 """
 
 from __future__ import annotations
@@ -11,13 +12,28 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from secateurs.errors import FileFormatError
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["as_bytes", "read_tensors", "write_tensors"]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """(n,) uint8: the bytes of the entries in their order, on the device of the tensor.
+
+    Example:
+        >>> as_bytes(torch.tensor([[1, 9]], dtype=torch.int16)[:, 0]).tolist()
+        [1, 0]
+    """
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = plain.reshape(-1)
+    if flat.stride(0) != 1:  # a single entry counts as contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def write_tensors(

@@ -203,3 +203,11 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         assert same(read_state(tmp_path / "first"), STATE)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_single_entry_of_any_stride(tmp_path: Path) -> None:
+    state = {"one": torch.arange(6.0).reshape(1, 6)[:, 2], "part": torch.tensor([1 + 2j]).imag}
+    write_state(tmp_path / "c", state)
+    assert same(
+        read_state(tmp_path / "c"), {"one": torch.tensor([2.0]), "part": torch.tensor([2.0])}
+    )

@@ -193,3 +193,53 @@ def test_data_that_does_not_repeat_is_told(tmp_path: Path) -> None:
     said: list[str] = []
     Checkpoints(tmp_path, say=said.append).keeper({"data": mark}, resume=False)
     assert "will not end bit for bit" in said[0]
+
+
+def test_a_file_of_another_version_is_neither_passed_over_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoints(tmp_path)
+    kept.save(1, {})
+    with monkeypatch.context() as newer:
+        newer.setattr(files, "VERSION", "2")
+        kept.save(2, {})
+    with pytest.raises(FileFormatError, match="version '2'; this version reads"):
+        kept.latest()
+    assert names(tmp_path) == [f"checkpoint-0000000{n}.safetensors" for n in (1, 2)]
+
+
+def test_a_file_that_the_system_does_not_give_is_passed_over_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Checkpoints(tmp_path)
+    newest = [kept.save(1, {}), kept.save(2, {})][-1]
+    opened = Path.open
+
+    def refused(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == newest:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "open", refused)
+        with pytest.warns(UserWarning, match="Permission denied"):
+            found = kept.latest()
+    assert found is not None
+    assert found.step == 1
+    kept.save(2, {})
+    assert newest.exists()
+
+
+def test_a_folder_that_is_a_link_is_emptied_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "disk")
+    kept = Checkpoints(tmp_path / "c")
+    kept.save(1, {})
+    kept.clear()
+    assert names(tmp_path) == ["c", "disk"]
+    assert names(tmp_path / "disk") == []
+
+
+def test_a_batch_of_one_entry_of_a_column_has_a_mark() -> None:
+    table = torch.arange(6.0).reshape(2, 3)
+    assert "1 batches" in batch_mark([(table[:1], table[:1, 2])])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from secateurs.checkpoints import Checkpoints
 from secateurs.cli import app
 from secateurs.surgery import load, slice_masks
 from secateurs.surgery.files import load_plan
@@ -81,6 +83,55 @@ def test_the_dense_model_teaches_its_hidden_states(runs: Path, tmp_path: Path) -
     assert told["finetune"]["lr"] == 0.01  # of the last stage
     assert told["steps"] == 3
     assert list(board.glob("events.*"))
+
+
+class Crash(BaseException):
+    """In place of kill -9."""
+
+
+def test_a_training_that_was_interrupted_goes_on(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str | Path] = [
+        "finetune",
+        runs / "weights",
+        "--set",
+        "finetune.epochs=3",
+        "--set",
+        "finetune.lr=0.01",
+    ]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert call(*given, "--out", whole).exit_code == 0
+
+    saved, write = list[int](), Checkpoints.save
+
+    def crash(self: Checkpoints, step: int, *rest: Any, **more: Any) -> Path:
+        path = write(self, step, *rest, **more)
+        saved.append(step)
+        if len(saved) == 5:
+            raise Crash
+        return path
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "due", lambda self, step: True)
+        patched.setattr(Checkpoints, "save", crash)
+        with pytest.raises(Crash):
+            call(*given, "--out", out)
+    assert list((out / "checkpoints").iterdir())
+    refused = call(*given, "--out", out)
+    assert "Go on with it by --resume, start again by --force" in str(refused.exception)
+    other = call(*given, "--set", "finetune.lr=0.02", "--out", out, "--resume")
+    assert "lr was 0.01 and is 0.02" in str(other.exception)
+    done = call(*given, "--out", out, "--resume", "--tensorboard", tmp_path / "board")
+    assert done.exit_code == 0, done.output
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not (out / "checkpoints").exists()
+
+    again = call(*given, "--out", out, "--resume", "--json")
+    assert "is complete: nothing is left to do" in again.stderr
+    assert json.loads(again.stdout) == json.loads((out / "finetune.json").read_text())
+    other = call(*given, "--set", "finetune.lr=0.02", "--out", out, "--resume")
+    assert "results of another recipe: finetune.lr was 0.01 and is 0.02" in str(other.exception)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from secateurs.distributed import (
     assert_same,
@@ -19,8 +21,9 @@ from secateurs.distributed import (
     on_first,
     plain,
     ranks_of,
+    save_sharded,
 )
-from secateurs.errors import ConfigError
+from secateurs.errors import ConfigError, FileFormatError
 from tests.distributed.cases import adam, masks, net, steps
 from tests.distributed.checks import CHECKS, FOR_TWO, run_checks
 from tests.distributed.dying import LAST, hang, run_and_die, score_and_die, train_and_die
@@ -139,3 +142,27 @@ def test_other_things_are_refused() -> None:
 def test_plain_takes_wrappers_away() -> None:
     model = nn.Linear(2, 1)
     assert plain(nn.DataParallel(model)) is model
+
+
+def test_damaged_and_missing_parts_are_one_clear_error(tmp_path: Path) -> None:
+    model = net()
+    path = save_sharded(tmp_path / "c", model, adam(model), group=None)
+    (part,) = path.glob("*.distcp")
+    content = part.read_bytes()
+    for damage in (content[: len(content) // 2], b"x" * len(content), None):
+        part.unlink() if damage is None else part.write_bytes(damage)
+        with pytest.raises(FileFormatError, match="c cannot be read, take an earlier one: rank 0"):
+            load_sharded(path, model, adam(model), group=None)
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    model = net()
+    with pytest.raises(FileFormatError, match="cannot be written: rank 0: OSError"):
+        save_sharded(tmp_path / "c", model, adam(model), group=None)
+    assert list(tmp_path.iterdir()) == []

@@ -556,3 +556,14 @@ def test_model_sparsity_counts_tied_parameters_once() -> None:
     model = Tied()
     apply_masks_(model, {"head.weight": torch.arange(12).reshape(4, 3) >= 3})
     assert model_sparsity(model) == pytest.approx(3 / 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_one_byte(dtype: torch.dtype) -> None:
+    model, masks = nn.Module(), {"weight": torch.tensor([True, False, False])}
+    model.weight = nn.Parameter(torch.tensor([2.0, -0.0, 3.0]).to(dtype), requires_grad=False)
+    with pytest.raises(SoundnessError, match="1 of 2 removed entries"):
+        check_masks(model, masks)
+    with hold_masks(model, None, masks, check_every=1) as held:
+        held.check()
+    assert model.weight.tolist() == [2.0, 0.0, 0.0]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from secateurs import shrink
-from secateurs.errors import ConfigError, ScoringError
+from secateurs.errors import ConfigError, DataError, ScoringError
 from secateurs.graph import trace
 from secateurs.masks import apply_masks_
-from secateurs.posttraining import compensate_bias
+from secateurs.posttraining import compensate_bias, prune_layerwise, reconstruct
 from secateurs.posttraining.inputs import quiet, watch_calls
 from secateurs.posttraining.layers import Call
 from secateurs.testing.nets import case
@@ -214,3 +215,66 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ScoringError, match="not finite"):
         compensate_bias(model, held.model, plan, bad)
     assert same(tensors_of(model), before)
+
+
+def test_a_plan_of_tied_weights_is_about_all_layers_that_read_them() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x).relu())
+            return out
+
+    dense, batches = Tied(), [(torch.randn(40, 6) + 1, None)]
+    masks = {"a.weight": torch.rand(6, 6) < 0.5}
+    model = copy.deepcopy(dense)
+    won = compensate_bias(model, dense, masks, batches)
+    assert won.changed == ("a.bias", "b.bias")
+    lost = dense.a.weight.detach().masked_fill(masks["a.weight"], 0)
+    seen = dense.a(batches[0][0]).relu().mean(0)
+    torch.testing.assert_close(model.b.bias, dense.b.bias + lost @ seen)
+
+
+def test_an_output_that_lost_all_its_inputs_gets_their_mean() -> None:
+    dense, x = nn.Linear(3, 2), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    model = copy.deepcopy(dense)
+    masks = {"weight": torch.tensor([[False] * 3, [True] * 3])}
+    won = compensate_bias(model, dense, masks, [(x, None)])
+    assert won.changed == ("bias",)
+    torch.testing.assert_close(model(x)[:, 0].mean(), dense(x)[:, 0].mean())
+    gone = masks | {"bias": torch.tensor([False, True])}  # a unit that is removed gets nothing
+    with pytest.raises(ConfigError, match="no layer that has lost inputs"):
+        compensate_bias(copy.deepcopy(dense), dense, gone, [(x, None)])
+
+
+class Routed(nn.Module):
+    """An expert that no sample reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.cat([self.first(x), self.idle(x[:0])])
+        return out
+
+
+def test_layers_that_no_sample_reaches_are_named() -> None:
+    dense = Routed()
+    masks = {f"{name}.weight": torch.rand(3, 4) < 0.5 for name in ("first", "idle")}
+    batches: list[Batch] = [(torch.randn(30, 4), None)]
+    repairs: tuple[Any, ...] = (compensate_bias, reconstruct)
+    for repair in repairs:
+        won = repair(copy.deepcopy(dense), dense, masks, batches)
+        assert "idle.weight: no sample reaches it, left" in won.notes
+        assert "idle.bias" not in won.changed
+    plan, won = prune_layerwise(copy.deepcopy(dense), batches, density=0.5)
+    assert "idle.weight: no sample reaches it, cut by size only" in won.notes
+    assert plan.masks["idle.weight"].sum() == 6
+    for repair in repairs:
+        with pytest.raises(DataError, match="no sample"):
+            repair(copy.deepcopy(dense), dense, masks, [(torch.ones(0, 4), None)])

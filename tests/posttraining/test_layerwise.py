@@ -261,3 +261,29 @@ def test_bad_options_are_refused_and_failures_change_nothing() -> None:
     with pytest.raises(ScoringError, match="not finite"):
         prune_layerwise(held.model, bad, density=0.5)
     assert same(tensors_of(held.model), before)
+
+
+def test_a_module_under_two_names_is_one_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.all = nn.Sequential(self.a, nn.ReLU(), nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.all(x)
+            return out
+
+    plan, won = prune_layerwise(Twice(), [(torch.randn(20, 4), None)], density=0.5)
+    assert {name: int(mask.sum()) for name, mask in plan.masks.items()} == {
+        "a.weight": 8,
+        "all.2.weight": 4,
+    }
+    assert not any("tied" in note for note in won.notes)
+
+
+def test_why_nothing_is_left_to_prune() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    with pytest.raises(ConfigError, match=r"tied to 1\.weight"):
+        prune_layerwise(net, [(torch.ones(2, 4), None)], density=0.5)

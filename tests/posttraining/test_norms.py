@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import ConfigError, ScoringError
+from secateurs.errors import ConfigError, DataError, ScoringError
 from secateurs.posttraining import recalibrate_norms
 from secateurs.testing.nets import case
 from secateurs.types import Batch
@@ -157,3 +157,19 @@ def test_the_dense_model_may_be_compared_with() -> None:
         recalibrate_norms(held.model, held.batches, dense=held.model)
     with pytest.raises(ConfigError, match="max_batches"):
         recalibrate_norms(held.model, held.batches, max_batches=0)
+
+
+def test_a_norm_that_no_sample_reaches_is_an_error() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.norm(x[:0])])
+
+    net = Idle()
+    with pytest.raises(DataError, match="norm: no sample reached"):
+        recalibrate_norms(net, [(torch.ones(3, 2), None)])
+    assert net.norm.running_mean is not None
+    assert net.norm.running_mean.tolist() == [0.0, 0.0]

@@ -327,3 +327,23 @@ def test_options_are_a_recipe_block() -> None:
     assert block.validate_python({"rule": "set", "every": 50}) == Regrow("set", 50)
     with pytest.raises(ValidationError, match="fractions"):
         block.validate_python({"fractions": 0.1})
+
+
+def test_an_optimizer_inside_of_another_is_followed() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        """As Accelerate makes them: nothing of its own, no hooks."""
+
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.optimizer = inner
+
+        def step(self, closure: Any = None) -> Any:
+            return self.optimizer.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.optimizer.zero_grad(set_to_none)
+
+    model = net()
+    outer = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with regrow_masks(model, outer, some_masks(), by("rigl"), n_steps=N_STEPS) as regrowth:
+        steps(model, outer, 0, N_STEPS)
+    assert [update.steps for update in regrowth.history] == [2, 4, 6, 8]

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from secateurs.checkpoints.trees import flatten, restore
 from secateurs.errors import ConfigError, FileFormatError
+from secateurs.tensorfiles import as_bytes
 
-__all__ = ["PART", "flush", "read_state", "write_state"]
+__all__ = ["PART", "OtherFormatError", "flush", "read_state", "write_state"]
 
 PART = ".part"
 """Ending of a file that is being written."""
@@ -39,6 +40,10 @@ _TYPES: Mapping[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """The names of the format, by which the safetensors package reads the file."""
+
+
+class OtherFormatError(FileFormatError):
+    """A whole file that another version of secateurs wrote."""
 
 
 def write_state(path: Path, state: Any) -> None:
@@ -144,8 +149,7 @@ def _content(header: bytes, plain: Any, tensors: Mapping[str, Tensor]) -> Iterat
     yield memoryview(header)
     for _, tensor in _ordered(tensors):
         if tensor.numel():
-            flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            yield flat.view(torch.uint8).numpy().data
+            yield as_bytes(tensor.cpu()).numpy().data
     yield memoryview(_text(plain))
 
 
@@ -153,7 +157,8 @@ def read_state(path: Path) -> Any:
     """The state in a file, tensors on the CPU.
 
     Raises:
-        FileFormatError: it is missing, torn, damaged or of another format.
+        OtherFormatError: it is whole, and of another version.
+        FileFormatError: it is missing, torn, damaged or no checkpoint.
     """
     try:
         with path.open("rb") as file:
@@ -163,9 +168,10 @@ def read_state(path: Path) -> Any:
         with safe_open(path, framework="pt") as held:
             facts = held.metadata() or {}
             if facts.get("format") != FORMAT or facts.get("version") != VERSION:
-                raise FileFormatError(
+                raise OtherFormatError(
                     f"{path}: {facts.get('format')!r}, version {facts.get('version')!r}; this "
-                    f"version reads {FORMAT!r}, version {VERSION!r}"
+                    f"version reads {FORMAT!r}, version {VERSION!r}. Go on with the secateurs that "
+                    "wrote it, or name another folder"
                 )
             tensors = {key: held.get_tensor(key).clone() for key in held.keys()}  # noqa: SIM118
         return restore(json.loads(tensors.pop(TREE).numpy().tobytes()), tensors)

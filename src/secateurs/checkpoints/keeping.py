@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from secateurs.checkpoints.files import PART, read_state, write_state
+from secateurs.checkpoints.files import PART, OtherFormatError, read_state, write_state
 from secateurs.checkpoints.marks import UNREPEATABLE, Marks, differences
 from secateurs.errors import ConfigError, FileFormatError
 
@@ -154,16 +154,20 @@ class Checkpoints:
 
         Raises:
             ConfigError: it belongs to a run with other marks; the message names them.
-            FileFormatError: there are checkpoints, and each of them is damaged.
+            FileFormatError: there are checkpoints, and each of them is damaged; or the newest
+                that is whole is of another version.
         """
         problems = []
         for path in reversed(self.files):
             try:
                 held = read_state(path)
                 saved = Saved(held["step"], held["state"], path, held["marks"])
+            except OtherFormatError:  # nothing is wrong with it: it must not be passed over
+                raise
             except (FileFormatError, KeyError, TypeError) as error:
                 problems.append(str(error))
-                self._bad.add(path)
+                if not isinstance(error.__cause__, OSError):  # else it may be whole
+                    self._bad.add(path)
                 continue
             if problems:
                 self.tell(f"{'; '.join(problems)}. Going on from {path}, which is whole")
@@ -218,8 +222,9 @@ class Checkpoints:
         for path in (*self.files, *self.directory.glob(f"{PATTERN}{PART}")):
             path.unlink(missing_ok=True)
         self._bad.clear()
-        if self.directory.is_dir() and not any(self.directory.iterdir()):
-            self.directory.rmdir()
+        where = self.directory
+        if where.is_dir() and not where.is_symlink() and not any(where.iterdir()):
+            where.rmdir()
 
     def tell(self, text: str) -> None:
         """Say what a reader should know."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from secateurs.batches import tensors
 from secateurs.checkpoints.randomness import generators_of, random_state, set_random_state
+from secateurs.tensorfiles import as_bytes
 from secateurs.types import Batches
 
 __all__ = [
@@ -47,8 +48,7 @@ def tensor_mark(named: Mapping[str, Tensor] | Iterable[Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in items:
         found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
+        found.update(as_bytes(tensor.cpu()).numpy().data)
     return found.hexdigest()[:16]
 
 

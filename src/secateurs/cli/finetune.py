@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
+
+from secateurs.cli.run import CHECKPOINTS, resumable, tell
 
 
 def finetune(
@@ -17,28 +21,47 @@ def finetune(
     tensorboard: Path = typer.Option(
         None, "--tensorboard", metavar="DIR", help="Write a log for TensorBoard."
     ),
+    resume: bool = typer.Option(
+        False,
+        "--resume",
+        help="Go on with a training that was interrupted, from its last checkpoint.",
+    ),
     force: bool = typer.Option(False, "--force", help="Overwrite earlier results."),
     as_json: bool = typer.Option(False, "--json", help="Print what happened as JSON."),
 ) -> None:
     """Train a saved smaller model further; what was removed stays removed."""
     from secateurs.bars import bar
-    from secateurs.cli.output import prints_to_stderr, stderr, stdout
-    from secateurs.healing import check_saved, heal_saved, read_saved, write_healed
+    from secateurs.checkpoints import Checkpoints
+    from secateurs.cli.output import prints_to_stderr
+    from secateurs.healing import heal_saved, is_healed, read_saved, write_healed
 
     saved = read_saved(directory, tuple(set_))
     where = out or directory.with_name(f"{directory.name}-finetuned")
-    check_saved(saved, where, force)
-    with prints_to_stderr(), bar(saved.recipe.task or "model") as step:
+    kept = Checkpoints(where / CHECKPOINTS, say=tell)
+    if is_healed(saved, where, kept, resume=resume, force=force):
+        tell(f"{where} is complete: nothing is left to do")
+        show(json.loads((where / "finetune.json").read_text(encoding="utf-8")), as_json)
+        return
+    with resumable(kept), prints_to_stderr(), bar(saved.recipe.task or "model") as step:
         step("load", 0, 1)
-        healed = heal_saved(saved, tensorboard=tensorboard, progress=step)
-        files = write_healed(healed, saved, where, force=force)
+        healed = heal_saved(
+            saved, tensorboard=tensorboard, progress=step, checkpoint=kept, resume=resume
+        )
+        files = write_healed(healed, saved, where, force=force or resume)
+    show(healed.to_dict(), as_json)
+    tell(f"written: {', '.join(str(f) for f in files)}")
+
+
+def show(told: Mapping[str, Any], as_json: bool) -> None:
+    """Print what a training did to stdout."""
+    from secateurs.cli.output import stdout
+
     if as_json:
-        typer.echo(json.dumps(healed.to_dict(), indent=1, allow_nan=False))
+        typer.echo(json.dumps(told, indent=1, allow_nan=False))
         return
     console = stdout()
-    for name, after in healed.validation["after"].items():
-        before = healed.validation["before"][name]
+    for name, after in told["validation"]["after"].items():
+        before = told["validation"]["before"][name]
         console.print(f"validation {name}: {before:.4g} -> {after:.4g}", highlight=False)
-    for name, value in healed.test.items():
+    for name, value in told["test"].items():
         console.print(f"test {name}: {value:.4g}", highlight=False)
-    stderr().print(f"written: {', '.join(str(f) for f in files)}", highlight=False)

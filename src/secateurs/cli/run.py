@@ -6,6 +6,8 @@ With `--controls`, or a recipe that names several: the criterion beside its cont
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from secateurs.ablation import Intended
+    from secateurs.checkpoints import Checkpoints
     from secateurs.recipe import Recipe
     from secateurs.report.data import Report
     from secateurs.runner import Problem
@@ -53,14 +56,18 @@ def run(
     resume: bool = typer.Option(
         False, "--resume", help="Go on with a run that was interrupted, from its last checkpoint."
     ),
+    tensorboard: Path | None = typer.Option(
+        None, "--tensorboard", metavar="DIR", help="Write a log for TensorBoard."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Prune by a recipe and write model, plan, recipe and report to a directory."""
     from secateurs.bars import bar
+    from secateurs.boards import BoardLog
     from secateurs.checkpoints import Checkpoints
     from secateurs.cli.controls import compare, comparison
     from secateurs.cli.output import prints_to_stderr
-    from secateurs.errors import BudgetError, ConfigError
+    from secateurs.errors import ConfigError
     from secateurs.recipe import read_recipe
     from secateurs.report import check_available
     from secateurs.report.data import Report
@@ -80,6 +87,11 @@ def run(
     where = out or Path("runs") / (f"{recipe.stem}-controls" if parsed.controls else recipe.stem)
     check_available()
     if parsed.controls:
+        if tensorboard is not None:
+            raise ConfigError(
+                "--tensorboard is for a single run: the curves of a comparison with controls would "
+                "lie on top of each other"
+            )
         if resume:
             raise ConfigError(
                 "--resume is for a single run: a comparison with controls goes on by itself when "
@@ -94,33 +106,49 @@ def run(
             graph = check_recipe(parsed, problem)
         describe(parsed, problem, graph, where, as_json)
         return
-    kept = Checkpoints(where / CHECKPOINTS, say=_tell)
+    kept = Checkpoints(where / CHECKPOINTS, say=tell)
     if is_complete(parsed, where, kept, resume=resume, force=force):
-        _tell(f"{where} is complete: nothing is left to do")
+        tell(f"{where} is complete: nothing is left to do")
         text = (where / "report.json").read_text(encoding="utf-8")
         show(Report.from_dict(json.loads(text)), as_json)
         return
+    with ExitStack() as stack:
+        stack.enter_context(resumable(kept))
+        log = stack.enter_context(BoardLog(tensorboard)) if tensorboard is not None else None
+        stack.enter_context(prints_to_stderr())
+        step = stack.enter_context(bar(parsed.task or "model"))
+        step("load (a task is trained the first time)", 0, 1)
+        problem = load_problem(parsed, base, progress=step)
+        result = run_recipe(
+            parsed, problem, out=str(where), progress=step, log=log, checkpoint=kept, resume=resume
+        )
+        files = write_results(result, parsed, where, force=force or resume)
+    show(result.report, as_json)
+    tell(f"written: {', '.join(str(f) for f in files)}")
+
+
+@contextmanager
+def resumable(checkpoints: Checkpoints) -> Iterator[None]:
+    """Work that leaves checkpoints: told how to go on after Ctrl-C; none are left at its end."""
+    from secateurs.errors import BudgetError
+
     try:
-        with prints_to_stderr(), bar(parsed.task or "model") as step:
-            step("load (a task is trained the first time)", 0, 1)
-            problem = load_problem(parsed, base, progress=step)
-            result = run_recipe(
-                parsed, problem, out=str(where), progress=step, checkpoint=kept, resume=resume
-            )
-            files = write_results(result, parsed, where, force=force or resume)
+        yield
     except KeyboardInterrupt:
-        if kept.files:
-            _tell(f"{kept.files[-1]} holds what was done: the same command with --resume goes on")
+        if checkpoints.files:
+            tell(
+                f"{checkpoints.files[-1]} holds what was done: the same command with --resume "
+                "goes on"
+            )
         raise
     except BudgetError:  # the end of this recipe: another one cannot go on from there
-        kept.clear()
+        checkpoints.clear()
         raise
-    kept.clear()
-    show(result.report, as_json)
-    _tell(f"written: {', '.join(str(f) for f in files)}")
+    checkpoints.clear()
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Say something on stderr."""
     from secateurs.cli.output import stderr
 
     stderr().print(text, highlight=False, markup=False, soft_wrap=True)
@@ -180,10 +208,11 @@ def describe(
     typer.echo(f"model: {problem.name}: {cost.params:,.0f} parameters, {cost.macs:,.0f} MACs")
     if problem.sizes:
         typer.echo("samples: " + ", ".join(f"{n} {k}" for k, n in problem.sizes.items()))
+    if recipe.start == "untrained":
+        typer.echo("start: untrained: what is pruned was not trained before")
     for number, (stage, names) in enumerate(zip(stages, units, strict=True), start=1):
-        typer.echo(
-            f"stage {number}: {given(stage.budget or stage.threshold)}, {given(stage.steps)}"
-        )
+        how = stage.at_init or stage.ticket or stage.steps
+        typer.echo(f"stage {number}: {given(stage.budget or stage.threshold)}, {given(how)}")
         for name, n in names.items():
             typer.echo(f"  {name}: {n:,} units")
     for left in graph.excluded:

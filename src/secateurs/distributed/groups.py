@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateurs import errors
 from secateurs.errors import ConfigError, PruningError, RankError
+from secateurs.tensorfiles import as_bytes
 
 __all__ = ["Group", "Ranks", "is_lost", "on_first", "ranks_of"]
 
@@ -136,7 +137,7 @@ class Ranks:
         """
         if self.size == 1:
             return rows
-        flat = rows.contiguous().reshape(-1).view(torch.uint8)
+        flat = as_bytes(rows)
         width = math.prod(rows.shape[1:]) * rows.element_size()
         padded = torch.zeros(max(lengths) * width, dtype=torch.uint8, device=rows.device)
         padded[: len(flat)] = flat

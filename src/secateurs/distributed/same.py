@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateurs.distributed.groups import Group, is_dtensor, ranks_of
 from secateurs.errors import ConfigError, RankError
+from secateurs.tensorfiles import as_bytes
 
 __all__ = ["assert_same", "digest"]
 
@@ -109,7 +109,6 @@ def _hash(tensor: Tensor, name: str) -> str:
             f"{name or 'the tensor'} is sharded: each rank holds another part on purpose. Compare "
             "tensor.full_tensor(), or what was computed from it"
         )
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
     found = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
-    found.update(flat.view(torch.uint8).numpy().data)
+    found.update(as_bytes(tensor.cpu()).numpy().data)
     return found.hexdigest()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -64,6 +65,7 @@ def save_sharded(
 
     Raises:
         ConfigError: it exists already, or `extra` holds more than plain values.
+        FileFormatError: a rank cannot write (the disk is full); nothing is left behind.
         RankError: the masks differ between ranks.
     """
     out, ranks = Path(path), ranks_of(group)
@@ -79,10 +81,15 @@ def save_sharded(
     assert_same({n: m for n, m in held.items() if not is_dtensor(m)}, group, what="masks")
     weights, state = get_state_dict(model, optimizer)
     content = {"model": weights, "optimizer": state, "masks": held, EXTRA: ranks.first(text)}
-    with ranks.agreed("save_sharded"), ranks.named(), _quiet():
-        state_dict_saver.save(
-            content, checkpoint_id=part, process_group=ranks.group, no_dist=ranks.group is None
-        )
+    try:
+        with ranks.agreed("save_sharded"), ranks.named(), _told(f"{out} cannot be written"):
+            state_dict_saver.save(
+                content, checkpoint_id=part, process_group=ranks.group, no_dist=ranks.group is None
+            )
+    except FileFormatError:  # make room again; earlier checkpoints are as they were
+        if ranks.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
     with ranks.agreed("save_sharded"):
         if ranks.rank == 0:
             _sync(part)
@@ -118,14 +125,14 @@ def load_sharded(
         weights, state = get_state_dict(model, optimizer)
         _check_fits(where, weights, kinds)
     content = {"model": weights, "optimizer": state, "masks": masks, EXTRA: extra}
-    with ranks.agreed("load_sharded"), ranks.named(), _quiet():
-        try:
-            state_dict_loader.load(
-                content, checkpoint_id=where, process_group=ranks.group,
-                no_dist=ranks.group is None,
-            )  # fmt: skip
-        except (OSError, EOFError, ValueError, RuntimeError) as error:
-            raise FileFormatError(f"{where} cannot be read: {error}") from error
+    with (
+        ranks.agreed("load_sharded"),
+        ranks.named(),
+        _told(f"{where} cannot be read, take an earlier one"),
+    ):
+        state_dict_loader.load(
+            content, checkpoint_id=where, process_group=ranks.group, no_dist=ranks.group is None
+        )
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     return masks, json.loads(bytes(extra.tolist()))
 
@@ -138,11 +145,20 @@ def newest(folder: str | Path) -> Path | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch warns a single process that it is one."""
+def _told(what: str) -> Iterator[None]:
+    """One clear error for what torch raises on all ranks when one of them fails.
+
+    That is no `Exception`, and holds the tracebacks of all of them. A single process is warned
+    that it is one; it knows.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            text = " ".join(str(cause).split())[:200]
+            raise FileFormatError(f"{what}: rank {rank}: {type(cause).__name__}: {text}") from cause
 
 
 def _plain(extra: Mapping[str, Any] | None) -> Tensor:

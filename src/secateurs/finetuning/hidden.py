@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateurs.distributed import plain
 from secateurs.errors import ConfigError, DataError
 from secateurs.statistics.hooks import Key, key_of, site_values
 from secateurs.types import Graph, GroupTarget, IntArray, Plan, Site
@@ -57,7 +58,7 @@ def hidden_points(
 
     Args:
         graph: of the dense model.
-        plan: what the student lacks; None for nothing.
+        plan: what the student lacks; None for nothing. Nothing is compared in layers it removes.
         at: names or globs of the reading modules ("layer2.*"); None for all.
 
     Raises:
@@ -79,7 +80,7 @@ def hidden_points(
             "no hidden state of this model can be seen from outside (its units live inside fused "
             "kernels): distill from its outputs only, hidden=0"
         )
-    chosen = _chosen(firsts, at)
+    chosen = _left(_chosen(firsts, at), plan)
     gone: dict[Place, dict[int, list[IntArray]]] = {place: {} for place in chosen}
     for target in groups:
         removed = None if plan is None else plan.removed.get(target.name)
@@ -107,6 +108,20 @@ def _first_read(target: GroupTarget) -> Site | None:
     """Where the units are read for the first time; else where they are made."""
     reads = [s for s in target.sites if s.role == "consumer" and s.side == "input"]
     return next(iter([*reads, *target.sites]), None)
+
+
+def _left(chosen: dict[Place, Site], plan: Plan | None) -> dict[Place, Site]:
+    """Without the places inside layers that a plan removes: the student has nothing there."""
+    if plan is None or not plan.layers:
+        return chosen
+    emptied = {t.rpartition(".")[0] for names in plan.layers.values() for t in names}
+    left = {place: site for place, site in chosen.items() if site.module not in emptied}
+    if not left:
+        raise ConfigError(
+            "hidden: the plan removes every layer whose hidden states would be compared; name "
+            "others by hidden_at=, or distill from the outputs only, hidden=0"
+        )
+    return left
 
 
 def _chosen(firsts: Mapping[Place, Site], at: Iterable[str] | None) -> dict[Place, Site]:
@@ -138,14 +153,15 @@ class Recorder:
         self._calls: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        modules = dict(self._model.named_modules())
+        model = plain(self._model)
+        modules = dict(model.named_modules())
         for site in self._sites:
             if site.module not in modules:
                 raise ConfigError(
                     f"hidden: the model has no module {site.module!r}; teacher and student must be "
                     "of one class"
                 )
-        self._calls = self._hooks.enter_context(site_values(self._model, self._sites, self._see))
+        self._calls = self._hooks.enter_context(site_values(model, self._sites, self._see))
         return self
 
     def __exit__(self, *error: object) -> None:

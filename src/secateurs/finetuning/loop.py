@@ -375,14 +375,10 @@ class _Loop:
         if self.evaluate is None:
             return None
         with in_mode(self.model, training=False), torch.no_grad():
-            answer = self.sharing.evaluated(self.evaluate)
-        if isinstance(answer, Mapping):
-            if not answer:
-                raise ConfigError("evaluate returned an empty dict; its first entry is the metric")
-            answer = next(iter(answer.values()))
-        if not math.isfinite(answer):
-            raise ScoringError(f"epoch {epoch}: evaluate returned {answer}")
-        return float(answer)
+            metric = self.sharing.evaluated(self.evaluate)
+        if not math.isfinite(metric):
+            raise ScoringError(f"epoch {epoch}: evaluate returned {metric}")
+        return metric
 
     def _note(self, row: EpochRow) -> None:
         """Record an epoch; keep the best one; see whether patience has run out."""

@@ -86,15 +86,17 @@ class Sharing(InStep):
                 if not torch.isfinite(local).all():
                     raise ScoringError(f"epoch {epoch}: weights are not finite after its last step")
 
-    def evaluated(self, evaluate: Evaluate) -> Any:
-        """What `evaluate` says on rank 0; it is called on every rank."""
+    def evaluated(self, evaluate: Evaluate) -> float:
+        """The main metric that `evaluate` gives on rank 0; it is called on every rank.
+
+        Raises:
+            ConfigError: it gives no number.
+        """
         self.settle()
         with self.ranks.agreed("evaluate"):
-            answer = evaluate(plain(self.model))
+            metric = _main_metric(evaluate(plain(self.model)))
         reshard(self.model)
-        if isinstance(answer, Mapping):
-            answer = {name: float(value) for name, value in answer.items()}
-        return self.ranks.first(answer)
+        return self.ranks.first(metric)
 
     def settle(self) -> None:
         """Give every rank the buffers of rank 0, which differ by the batches that it has seen."""
@@ -106,3 +108,18 @@ class Sharing(InStep):
     def named(self) -> Any:
         """Around the training: a rank that is gone ends it with a clear error."""
         return self.ranks.named() if self.ranks.size > 1 else nullcontext()
+
+
+def _main_metric(answer: Any) -> float:
+    """The number itself, or the first entry of a dict; the others may be anything."""
+    main = answer
+    if isinstance(answer, Mapping):
+        if not answer:
+            raise ConfigError("evaluate returned an empty dict; its first entry is the metric")
+        main = next(iter(answer.values()))
+    try:
+        return float(main)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"evaluate must return a number, or a dict whose first entry is one, got {answer!r:.80}"
+        ) from error

@@ -14,6 +14,10 @@ BITS = {
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e5m2: torch.int8,
+    torch.float8_e4m3fnuz: torch.int8,
+    torch.float8_e5m2fnuz: torch.int8,
 }
 
 
@@ -90,7 +94,7 @@ class Eraser:
             rest = torch.bitwise_and(part.view(self._whole), ~self._keep).view(part.dtype)
         else:
             rest = part.masked_fill(~self.removed.to(part.device), 0)
-        return int(torch.count_nonzero(rest))
+        return int(torch.count_nonzero(rest if rest.element_size() > 1 else rest.float()))
 
     def _by_bits(self, part: Tensor) -> bool:
         """Whether the mask of bits fits."""

@@ -10,7 +10,15 @@ from torch.optim import LBFGS, Optimizer
 
 from secateurs.errors import ConfigError
 
-__all__ = ["FlatHistory", "by_entry", "flat_histories", "followed", "parameters_of"]
+__all__ = [
+    "FlatHistory",
+    "by_entry",
+    "flat_histories",
+    "followed",
+    "parameters_of",
+    "skips",
+    "unwrapped",
+]
 
 
 def followed(
@@ -21,7 +29,7 @@ def followed(
         return ()
     parameters = {id(p) for p in model.parameters()}
     wrapped = (given,) if isinstance(given, Optimizer) else tuple(given)
-    optimizers = tuple(_unwrapped(one) for one in wrapped)
+    optimizers = tuple(unwrapped(one) for one in wrapped)
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise ConfigError(f"optimizer: a torch.optim.Optimizer, got {type(one).__name__}")
@@ -38,10 +46,15 @@ def followed(
     return optimizers
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
+def unwrapped(optimizer: Optimizer) -> Optimizer:
     """The optimizer that makes the steps; Accelerate puts another around it, without hooks."""
     inner = getattr(optimizer, "optimizer", None)
-    return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
+    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def skips(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler tells a fused optimizer that this step is void."""
+    return bool(getattr(optimizer, "found_inf", False))
 
 
 def parameters_of(optimizer: Optimizer) -> dict[int, Tensor]:

@@ -183,7 +183,7 @@ class Descent(Walk):
         """Cut to a size from the last good model, heal, judge; False: too much."""
         run, stage, known = self.run, self.stage, self.last.counts
         self.fraction = fraction
-        run.tell("prune", len(run.steps))
+        run.tell(f"prune: cut {run.cut_text}")
         ranking = self.ranking()
         counts = run.count(stage, ranking, self.asked(fraction), self.samples)
         assert known is not None

@@ -6,13 +6,14 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from secateurs.bars import Progress, bar
+from secateurs.boards import BoardLog
 from secateurs.checkpoints import Checkpoints
 from secateurs.errors import ConfigError, choose
 from secateurs.filters import Patterns
@@ -112,8 +113,8 @@ def prune(
         budget, threshold, criterion, granularity, schedule, finetune: see `Stage`.
         evaluate: `evaluate(model)` on validation data; a float or a dict.
         **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control`, `max_drop`,
-            `allow_missed`, `prepare`, `penalty`, `repair`, `regrow` as in `Stage`, and the options
-            of `prune_stages` (`include` and `exclude` among them).
+            `allow_missed`, `prepare`, `penalty`, `repair`, `regrow`, `at_init`, `ticket` as in
+            `Stage`, and the options of `prune_stages` (`include` and `exclude` among them).
 
     Raises:
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
@@ -129,8 +130,7 @@ def prune(
         Linear(in_features=4, out_features=4, bias=True)
     """
     known = {n for f in (prune, prune_stages) for n in inspect.signature(f).parameters}
-    of_stage = ("allocation", "min_keep", "round_to", "homogeneous", "control", "max_drop",
-                "allow_missed", "prepare", "penalty", "repair", "regrow")  # fmt: skip
+    of_stage = {f.name for f in fields(Stage)} - {*inspect.signature(prune).parameters}
     for name in options:
         choose(name, {*of_stage, *known} - {"options", "stages"}, "option of prune")
     stage_options = {k: options.pop(k) for k in of_stage if k in options}
@@ -166,6 +166,7 @@ def prune_stages(
     seed: int = 0,
     latency: Sequence[int] | None = None,
     progress: Progress | bool = False,
+    log: BoardLog | None = None,
     checkpoint: Checkpoints | None = None,
     resume: bool = False,
 ) -> PruneResult:
@@ -186,7 +187,11 @@ def prune_stages(
         form: of the result, see `shrink`.
         seed: of noise, dropout and loaders without a generator, from 0 to 2**32 - 1.
         latency: batch sizes to time; None = not timed.
-        progress: True draws a bar on stderr; a function is called with (what, done, total).
+        progress: True draws a bar on stderr; a function is called with (what, done, total), where
+            cuts and optimizer steps of all trainings are counted.
+        log: for TensorBoard: every training and every cut is written to it. Nothing about the
+            result changes. Close it yourself: `with BoardLog(folder) as log:`. A resumed run goes
+            on with the curves.
         checkpoint: where checkpoints go: after each step, and inside long trainings as often as it
             says. They stay when the run has ended, so that results that were not saved yet are
             quickly made again; `checkpoint.clear()` removes them.
@@ -205,7 +210,17 @@ def prune_stages(
         )  # fmt: skip
         samples = batches if calibration is None else calibration
         run = Run(
-            model, batches, samples, loss_fn, graph, evaluate, maximize, seed, tell, example_inputs
+            model,
+            batches,
+            samples,
+            loss_fn,
+            graph,
+            evaluate,
+            maximize,
+            seed,
+            tell,
+            example_inputs,
+            log,
         )
         if checkpoint is not None:
             asked = {
@@ -216,7 +231,8 @@ def prune_stages(
             run.remember(checkpoint.keeper(run_marks(run, asked), resume=resume))
         small = cut_all(run, stages, example_inputs, form=form, norm=norm)
         assert run.plan is not None
-        run.tell("measure", run.total)
+        run.spent = run.total
+        run.tell("measure")
         report = assemble(
             Outcome(
                 dense=model, small=small, graph=graph, plan=run.plan, scores=run.last_scores,

@@ -17,6 +17,7 @@ from secateurs.latency import LatencyTable
 from secateurs.latency.table import Layer, Runtime, Width
 from secateurs.pipeline.points import Point, Ranking
 from secateurs.report.data import StepRow
+from secateurs.tickets import Ticket, TicketRow
 from secateurs.types import Budget, Counts, Plan, Scores, Threshold
 
 __all__ = ["pack", "unpack"]
@@ -25,7 +26,7 @@ KINDS = {
     kind.__name__: kind
     for kind in (
         Budget, Counts, EpochRow, FinetuneResult, LatencyTable, Layer, Plan, Point, Ranking,
-        Runtime, Scores, StepRow, Threshold, Width,
+        Runtime, Scores, StepRow, Threshold, Ticket, TicketRow, Width,
     )
 }  # fmt: skip
 KIND, KNOWN = "~kind", "~known"

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from secateurs.bars import epoch_text
 from secateurs.finetuning import distillation, finetune
 from secateurs.penalties import Penalty, UnitPenalty
+from secateurs.pipeline.onlooking import length
 from secateurs.pipeline.points import Ranking
 from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
@@ -32,7 +32,8 @@ def prepare(walk: Walk, number: int) -> None:
     config = stage.prepare
     if config is None or walk.prepared:
         return
-    run.tell("prepare", len(run.steps))
+    run.tell("prepare")
+    looker = run.onlooker("prepare", config)
     parts = [] if stage.penalty is None else [_penalty(walk, stage.penalty)]
     teacher = None
     if config.distills:
@@ -41,12 +42,9 @@ def prepare(walk: Walk, number: int) -> None:
         run.work, run.batches, run.loss_fn, config,
         masks=None if run.plan is None else run.plan.masks, teacher=teacher,
         evaluate=run.evaluate, maximize=run.maximize, seed=run.seed + len(run.steps) + FRESH,
-        parts=parts, checkpoint=run.training(),
-        progress=lambda row: run.tell(
-            epoch_text("prepare", row.epoch, row.train_loss, row.metric), len(run.steps)
-        ),
+        parts=[*parts, looker], checkpoint=run.training(), progress=looker.epoch,
     )  # fmt: skip
-    run.history.append(done)
+    run.trained(length(config, run.batches), done)
     under = ""
     if stage.penalty is not None:
         given = {k: v for k, v in asdict(stage.penalty).items() if v is not None}

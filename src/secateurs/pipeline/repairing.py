@@ -27,6 +27,6 @@ DO: Mapping[str, Callable[[Run], Won]] = {
 def repair(run: Run, stage: Stage) -> None:
     """Mend what the last cut of a stage broke, in the order that was given; say what it won."""
     for name in stage.repair:
-        run.tell(f"repair: {name}", len(run.steps))
+        run.tell(f"repair: {name}")
         won = DO[name](run)
         run.notes += [f"after cut {len(run.steps) + 1}: {won.text()}", *won.notes]

@@ -18,11 +18,14 @@ from secateurs.filters import Patterns
 from secateurs.finetuning import clock_of
 from secateurs.graph import trace
 from secateurs.latency import resize_batch
+from secateurs.pipeline.fitting import late_starts
 from secateurs.pipeline.regrowing import mixed_stages
 from secateurs.pipeline.resolving import check_budget
 from secateurs.pipeline.stage import Stage
 from secateurs.schedules import Schedule
 from secateurs.statistics import check_fits, make_job
+from secateurs.tickets import AtInit, TicketSearch
+from secateurs.tickets.lottery import rewind_step
 from secateurs.types import Batches, Budget, Evaluate, Graph, Inputs, LossFn, Scores, Threshold
 
 __all__ = ["NORMS", "check_request", "given", "random_state"]
@@ -65,7 +68,7 @@ def check_request(
         _check_training(stage, model, batches, evaluate)
         _check_clock(stage, batches, calibration)
         _check_repairs(stage, model)
-    for problem in mixed_stages(stages):
+    for problem in (*mixed_stages(stages), *late_starts(stages)):
         raise ConfigError(problem)
     check_batches(model, batches, loss_fn)
     if calibration is not None:
@@ -122,6 +125,8 @@ def _check_training(
             raise ConfigError(f"{name}: patience and restore_best need evaluate=")
         try:
             clock = clock_of(config, batches)
+            if name == "finetune" and stage.ticket is not None:
+                rewind_step(config, batches, stage.ticket.rewind)
             if name == "prepare" and stage.penalty is not None:
                 stage.penalty.at(0, clock.n_steps)
         except ConfigError as error:
@@ -162,7 +167,7 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
             f"nothing of granularity {stage.granularity!r} can be pruned in this model; "
             f"it has {', '.join(found) or 'no prunable part'}{'. ' * bool(reasons)}{reasons}"
         )
-    asked, params = get_combination(stage.criterion), check_fits(model, targets)
+    asked, params = get_combination(stage.judged_by), check_fits(model, targets)
     for part in asked.parts:
         job = make_job(part, targets, model, params, stage.granularity)
     if stage.threshold is not None:
@@ -185,8 +190,8 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
         )
 
 
-def given(asked: Budget | Threshold | Schedule | str | None) -> str:
-    """A budget, threshold or schedule with the fields that were given."""
+def given(asked: Budget | Threshold | Schedule | AtInit | TicketSearch | str | None) -> str:
+    """A budget, threshold, schedule, ... with the fields that were given."""
     if isinstance(asked, str):
         return f"budget={asked!r}"
     plain = {f.name: f.default for f in fields(asked)} if asked is not None else {}

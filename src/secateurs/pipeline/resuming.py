@@ -28,7 +28,7 @@ __all__ = ["Memory", "run_marks"]
 
 REMEMBERED = (
     "plan", "steps", "history", "notes", "last_scores", "last_counts", "met", "table", "least_ms",
-    "dense_metrics", "stages_done", "started",
+    "dense_metrics", "stages_done", "started", "spent",
 )  # fmt: skip
 """What a run is, beside its weights, its random state, and the walk through the present stage."""
 
@@ -82,6 +82,7 @@ class Memory:
             "walk": None if walk is None else pack(walk.state(), self.known),
             "training": training,
             "samples": [g.get_state() for g in generators_of(run.samples)],
+            "log": None if run.log is None else run.log.state(),
         }
 
     def _random(self) -> dict[str, Any]:
@@ -92,7 +93,15 @@ class Memory:
             setattr(self.run, name, value)
         if saved["weights"] is not None:
             restore_(self.run.work, saved["weights"])
+        if self.run.log is not None:
+            done = self.trained_steps  # the curves begin here if nobody logged before
+            self.run.log.load(saved["log"] or {"before": done, "now": done})
         self._settle()
+
+    @property
+    def trained_steps(self) -> int:
+        """Optimizer steps of the trainings that have ended."""
+        return sum(result.steps for result in self.run.history)
 
     def _settle(self) -> None:
         """The random state of the checkpoint, as the last thing before going on."""
@@ -118,11 +127,11 @@ class Memory:
             held = self._found["samples"]
             for generator, state in zip(generators_of(self.run.samples), held, strict=True):
                 generator.set_state(state)
-        return _Within(self, sum(result.steps for result in self.run.history), saved)
+        return _Within(self, self.trained_steps, saved)
 
     def leave(self, *, must: bool) -> None:
         """Between two steps: write a checkpoint if it is time, or must be."""
-        done = sum(result.steps for result in self.run.history)
+        done = self.trained_steps
         if must or self.keeper.due(done):
             self.keeper.save(done, self.state())
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from secateurs.bars import Progress, epoch_text
+from secateurs.bars import Progress
+from secateurs.boards import BoardLog
 from secateurs.checkpoints import Keeper
 from secateurs.controls import controlled_scores, null_scores, shuffled_targets
 from secateurs.errors import BudgetError
 from secateurs.finetuning import (
     Distillation,
+    Finetune,
     FinetuneResult,
     distillation,
     finetune,
@@ -23,6 +25,7 @@ from secateurs.finetuning import (
 )
 from secateurs.latency import LatencyTable, fit_latency, measure_table
 from secateurs.masks import apply_masks_
+from secateurs.pipeline.onlooking import Onlooker, length
 from secateurs.pipeline.points import Point, Ranking
 from secateurs.pipeline.regrowing import moved, told
 from secateurs.pipeline.request import given
@@ -74,12 +77,13 @@ class Run:
         seed: int,
         progress: Progress | None,
         example_inputs: Inputs,
+        log: BoardLog | None = None,
     ) -> None:
         self.model, self.work = model, copied(model)
         self.batches, self.samples, self.loss_fn = batches, samples, loss_fn
         self.graph, self.evaluate, self.maximize = graph, evaluate, maximize
         self.seed, self.progress = seed, progress
-        self.example_inputs = example_inputs
+        self.example_inputs, self.log = example_inputs, log
         self.table: LatencyTable | None = None
         self.taught: Distillation | None = None
         self.least_ms = 0.0
@@ -92,7 +96,8 @@ class Run:
         self.stages_done = 0
         self.started = 0, 0
         self.memory: Memory | None = None
-        self.total = 0
+        self.cuts, self.total = 0, 0  # cuts, and all work in steps: see work_of
+        self.spent, self.within = 0, 0  # work before the present training, and in it
         self.met = True
         self.dense_metrics = metrics_of(model, evaluate)
 
@@ -118,10 +123,29 @@ class Run:
         assert self.dense_metric is not None
         return self.drop(metric) > limit + 1e-9 * max(1.0, abs(self.dense_metric))
 
-    def tell(self, what: str, done: int) -> None:
-        """Show progress."""
+    def tell(self, what: str) -> None:
+        """Show progress: cuts and optimizer steps that are done, of all that there will be."""
         if self.progress is not None:
-            self.progress(what, done, self.total)
+            self.progress(what, min(self.spent + self.within, self.total), self.total)
+
+    @property
+    def cut_text(self) -> str:
+        """Which cut is being made, of how many at most."""
+        return f"{len(self.steps) + 1} of {self.cuts}"
+
+    def onlooker(self, what: str, config: Finetune | None = None) -> Onlooker:
+        """What shows a training that begins now."""
+
+        def say(text: str, within: int) -> None:
+            self.within = within
+            self.tell(text)
+
+        return Onlooker(say, what, epochs=config.n_epochs if config else None, log=self.log)
+
+    def trained(self, work: int, *results: FinetuneResult) -> None:
+        """A training has ended; `work` is what it was to take."""
+        self.spent, self.within = self.spent + work, 0
+        self.history += [replace(done, masks={}) for done in results]
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -162,7 +186,7 @@ class Run:
         scores = score(
             self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,
             granularity=stage.granularity, previous=self.plan, seed=seed,
-            progress=lambda i, n: self.tell(f"score: batch {i} of {n or '?'}", len(self.steps)),
+            progress=lambda i, n: self.tell(f"score: batch {i} of {n or '?'}"),
         )  # fmt: skip
         scores = controlled_scores(scores, stage.control, seed)
         return Ranking(scores, self._null(stage, samples, seed))
@@ -176,7 +200,7 @@ class Run:
             granularity=stage.granularity, previous=self.plan, seed=seed,
             repeats=stage.null_repeats,
             progress=lambda i, n: self.tell(
-                f"score shuffled labels: batch {i} of {n or '?'}", len(self.steps)
+                f"score shuffled labels: batch {i} of {n or '?'}"
             ),
         )  # fmt: skip
         return [controlled_scores(scores, stage.control, seed) for scores in drawn]
@@ -190,7 +214,7 @@ class Run:
             curves = sensitivity(
                 self.work, samples, self.loss_fn, scores=ranking.scores,
                 progress=lambda name, i, n: self.tell(
-                    f"sensitivity: {name}, {i} of {n}", len(self.steps)
+                    f"sensitivity: {name}, {i} of {n}"
                 ),
             )  # fmt: skip
 
@@ -210,7 +234,7 @@ class Run:
         if asked.latency_ms != whole:  # a step on the way: what the table predicts will do
             return counts(replace(asked, latency_ms=max(asked.latency_ms, self.least_ms * 1.001)))
         strict = replace(stage, allow_missed=False)
-        self.tell("fit the latency", len(self.steps))
+        self.tell("fit the latency")
         try:
             fit = fit_latency(
                 self.model, ranking.scores, asked, self.table, lambda b: counts(b, strict),
@@ -230,7 +254,7 @@ class Run:
         self.table = None
         if not stage.wants_latency:
             return
-        self.tell("measure the latency of widths", len(self.steps))
+        self.tell("measure the latency of widths")
         self.table = table = measure_table(
             self.model, self.graph, self.example_inputs, granularity=stage.granularity,
             round_to=stage.round_to,
@@ -264,9 +288,16 @@ class Run:
         self.plan = select(ranking.scores, counts, previous=self.plan)
         if not self.plan.n_removed and (must or isinstance(counts.asked, Threshold)):
             raise BudgetError(f"{given(counts.asked)} removes nothing: all scores reach it")
-        apply_masks_(self.work, self.plan.masks)
+        self.adopt(self.plan)
+
+    def adopt(self, plan: Plan) -> None:
+        """Zero what a plan removes."""
+        self.plan = plan
+        apply_masks_(self.work, plan.masks)
         if self.taught is not None:
-            self.taught.plan = self.plan
+            self.taught.plan = plan
+        if self.log is not None:
+            self.log.cut(self.graph, plan)
 
     @property
     def cut_plan(self) -> Plan:
@@ -292,24 +323,27 @@ class Run:
             return None, None
         if config.distills:
             self.taught = distillation(self.model, config, graph=self.graph, plan=self.plan)
-        parts = []
+        moves = []
         if stage.regrow is not None:
-            parts = [Regrowth(stage.regrow, self.seed + len(self.steps), dense=before)]
+            moves = [Regrowth(stage.regrow, self.seed + len(self.steps), dense=before)]
+        what = "train, with cuts" if recut else f"heal after cut {self.cut_text}"
+        looker = self.onlooker(what, config)
         done = finetune(
             self.work, self.batches, self.loss_fn, config,
             masks=None if self.plan is None else self.plan.masks,
             teacher=self.taught, evaluate=self.evaluate,
             maximize=self.maximize, seed=self.seed + len(self.steps), recut=recut,
-            parts=parts, checkpoint=self.training(),
-            progress=lambda row: self.tell(
-                epoch_text("heal", row.epoch, row.train_loss, row.metric), len(self.steps)
-            ),
+            parts=[*moves, looker], checkpoint=self.training(), progress=looker.epoch,
         )  # fmt: skip
         self.taught = None
-        if parts:
+        if moves:
             self.plan = moved(self.cut_plan, done.masks)
-            self.notes += told(parts[0])
-        self.history.append(replace(done, masks={}))
+            self.notes += told(moves[0])
+        self.trained(length(config, self.batches), done)
+        return self.outcome(config, done)
+
+    def outcome(self, config: Finetune, done: FinetuneResult) -> tuple[float | None, float | None]:
+        """The metric of the model that a training left, and its last training loss."""
         healed = self.metric() if config.restore_best else done.final_metric
         return healed, done.history[-1].train_loss if done.history else None
 
@@ -324,6 +358,7 @@ class Run:
         optimizer_step: int | None = None,
     ) -> None:
         """Add a row for the step that was made."""
+        self.spent += 1
         self.steps.append(
             StepRow(
                 step=len(self.steps) + 1,

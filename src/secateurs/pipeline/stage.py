@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from secateurs.allocation import ALLOCATORS, RoundTo, Sensitivity, allocate, check_round_to
 from secateurs.allocation.frame import make_frame
-from secateurs.controls import CONTROLS, check_null
+from secateurs.controls import check_null
 from secateurs.cost import dense_cost
 from secateurs.criteria import get_combination
 from secateurs.errors import BudgetError, ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.latency import LatencyTable
 from secateurs.penalties import Penalty
+from secateurs.pipeline.fitting import TRIES, problems
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
+from secateurs.tickets import AtInit, TicketSearch
 from secateurs.types import Budget, Counts, Graph, Plan, Scores, Threshold, expand_granularity
 
-__all__ = ["FINER", "REPAIRS", "TRIES", "Stage"]
+__all__ = ["FINER", "Stage"]
 
-REPAIRS = ("bias", "reconstruct", "norms")
-"""What `repair` may name, see `secateurs.pipeline.repairing`."""
-
-TRIES = 20
-"""Steps at most towards `Budget(metric_drop=)` without sizes; `Schedule(steps=)` says otherwise."""
 FINER = 6
 """Finer steps at most after the first one that went too far."""
 
@@ -71,6 +68,11 @@ class Stage:
             "bias", "reconstruct", "norms". See `secateurs.posttraining`.
         regrow: for single weights: how their masks move while `finetune` heals. The plan is then
             that of the end.
+        at_init: how the untrained network is cut, in place of criterion, allocation and schedule;
+            `finetune` then trains what is left. Only the first stage can have it.
+        ticket: how a lottery ticket is looked for, in place of a schedule: each round is a training
+            by `finetune`, scored by `criterion`; at the end the ticket is trained once more. Only
+            the first stage can have it.
 
     Raises:
         ConfigError: a name or a figure is wrong.
@@ -93,6 +95,8 @@ class Stage:
     penalty: Penalty | None = None
     repair: tuple[str, ...] = ()
     regrow: Regrow | None = None
+    at_init: AtInit | None = None
+    ticket: TicketSearch | None = None
 
     def __post_init__(self) -> None:
         for name, kind, example in (
@@ -103,6 +107,8 @@ class Stage:
             ("prepare", Finetune, "Finetune(epochs=3)"),
             ("penalty", Penalty, 'Penalty("group_lasso")'),
             ("regrow", Regrow, 'Regrow("rigl")'),
+            ("at_init", AtInit, 'AtInit("synflow")'),
+            ("ticket", TicketSearch, "TicketSearch(rounds=3)"),
         ):
             value = getattr(self, name)
             if name == "budget" and value == "auto":
@@ -129,134 +135,15 @@ class Stage:
             )
         if self.threshold is not None and self.threshold.needs_null:
             check_null(self.criterion)
-        if self.control is not None:
-            self._check_control(self.control)
-        for problem in (
-            *self._guard_problems(), *self._clock_problems(), *self._penalty_problems(),
-            *self._repair_problems(), *self._regrow_problems(),
-        ):  # fmt: skip
+        for problem in problems(self):
             raise ConfigError(problem)
 
-    def _penalty_problems(self) -> Iterator[str]:
-        """What keeps a penalty from working."""
-        if self.penalty is None:
-            return
-        if self.prepare is None or 0 in (self.prepare.epochs, self.prepare.steps):
-            yield "penalty= works while the network trains before the cut: give prepare="
-        if expand_granularity(self.granularity) == {"weight"}:
-            yield "penalty= makes structural units small, and only single weights are pruned"
-        if self.penalty.rule == "growing":
-            known = isinstance(self.budget, Budget) and self.budget.sizes
-            if not known or self.wants_drop or self.wants_latency:
-                yield (
-                    "Penalty('growing') must know which units go before they are cut: give a "
-                    "budget in units, params, macs or bytes alone, or take group_lasso"
-                )
-            if self.allocation == "sensitivity":
-                yield (
-                    "Penalty('growing') chooses units before the training, and "
-                    "allocation='sensitivity' measures again after it: take another allocation"
-                )
-
-    def _repair_problems(self) -> Iterator[str]:
-        """What keeps a repair from working."""
-        given: Any = self.repair
-        if isinstance(given, str):
-            yield f"repair is a list: repair=({given!r},)"
-            return
-        for name in self.repair:
-            choose(name, REPAIRS, "repair")
-        if self.repair and self.schedule is not None and self.schedule.every is not None:
-            yield (
-                f"repair= mends a model between cut and training, and Schedule(every="
-                f"{self.schedule.every!r}) cuts inside one: leave every away"
-            )
-        if self.repair and self.control == "reinit":
-            yield 'control="reinit" trains from fresh weights: there is nothing to repair'
-
-    def _regrow_problems(self) -> Iterator[str]:
-        """What keeps masks from moving."""
-        if self.regrow is None:
-            return
-        if expand_granularity(self.granularity) != {"weight"}:
-            yield "regrow= moves single weights: it needs granularity='weight'"
-        if self.finetune is None or 0 in (self.finetune.epochs, self.finetune.steps):
-            yield "regrow= moves masks while the network trains: give finetune="
-        if self.schedule is not None and self.schedule.every is not None:
-            yield (
-                f"regrow= and Schedule(every={self.schedule.every!r}) both move masks inside one "
-                "training: leave one of them away"
-            )
-
-    def _guard_problems(self) -> Iterator[str]:
-        """What is wrong with the guard and with what may be missed."""
-        drop: Any = self.max_drop
-        number = isinstance(drop, (int, float)) and not isinstance(drop, bool)
-        if drop is not None and not (number and 0 <= drop < math.inf):
-            yield (
-                f"max_drop={drop!r}: how much worse the metric may get, at least 0, in the unit "
-                "of the metric (0.01 is one point of accuracy)"
-            )
-        if drop is not None and self.wants_drop:
-            yield (
-                "max_drop and a budget that limits the drop of the metric say the same twice: "
-                "leave max_drop away"
-            )
-        allowed: Any = self.allow_missed
-        if not isinstance(allowed, bool):
-            yield f"allow_missed must be True or False, got {allowed!r}"
-        if self.allow_missed and self.threshold is not None:
-            yield "allow_missed is for a budget; a threshold has no size to miss"
-        if self.control == "reinit" and (drop is not None or self.wants_drop):
-            yield (
-                'control="reinit" starts again from fresh weights after the last cut, and with a '
-                "limit on the drop of the metric no cut is known to be the last"
-            )
-        curve = None if self.schedule is None else self.schedule.curve
-        if self.searches and curve not in (None, "exponential"):
-            yield (
-                f"a budget without sizes has no end that a curve could lead to, got curve "
-                f'{curve!r}: write Schedule("exponential", steps={TRIES}), where steps is the most '
-                "that will be tried"
-            )
-
-    def _clock_problems(self) -> Iterator[str]:
-        """What cannot be done inside one fine-tuning."""
-        if self.schedule is None or self.schedule.every is None:
-            return
-        what = f"Schedule(every={self.schedule.every!r}) cuts inside one fine-tuning"
-        if self.finetune is None or 0 in (self.finetune.epochs, self.finetune.steps):
-            yield f"{what}: give finetune="
-        elif self.finetune.patience is not None:
-            yield f"{what}, which patience could stop before the last cut: leave patience away"
-        if self.max_drop is not None or self.wants_drop:
-            yield (
-                f"{what}; a limit on the drop of the metric needs steps that heal on their own, "
-                "to go back to: leave every away"
-            )
-        if self.control == "reinit":
-            yield f'{what}; control="reinit" trains after the last cut: leave every away'
-
-    def _check_control(self, control: str) -> None:
-        """A control must change what it claims, and nothing else."""
-        choose(control, CONTROLS, "control")
-        rule = None if self.threshold is None else self.threshold.rule
-        if control in ("random", "invert") and rule not in (None, "quantile"):
-            raise ConfigError(
-                f"control={control!r} changes the values that threshold {rule!r} looks at, so "
-                'another number of units would go; use a budget, "quantile" or control="shuffle"'
-            )
-        if control == "random-labels" and rule == "permutation":
-            raise ConfigError(
-                'control="random-labels" scores on shuffled labels, and so does threshold '
-                "'permutation': nothing would stay; use another threshold or a budget"
-            )
-        criterion = get_combination(self.criterion)
-        if control == "random-labels" and not criterion.sees_labels:
-            raise ConfigError(
-                f'control="random-labels" changes nothing: criterion {criterion.label!r} does not '
-                "see the targets"
-            )
+    @property
+    def judged_by(self) -> str | Mapping[str, Any]:
+        """The criterion, that of `at_init` included ("force" is made of the gradient)."""
+        if self.at_init is None:
+            return self.criterion
+        return "gradient" if self.at_init.method == "force" else self.at_init.method
 
     @property
     def null_repeats(self) -> int:
@@ -351,7 +238,8 @@ class Stage:
 
     @property
     def steps(self) -> Schedule:
-        """The schedule; by default five cubic steps to a budget, one shot for a threshold.
+        """The schedule; by default five cubic steps to a budget, one shot for a threshold and for
+        `at_init` and `ticket`.
 
         For `Budget(metric_drop=)` up to 20 steps that each leave 80 %.
         """
@@ -359,7 +247,13 @@ class Stage:
             return self.schedule
         if self.wants_drop:
             return Schedule("exponential", TRIES)
-        return Schedule("one_shot", 1) if self.threshold is not None else Schedule()
+        once = self.threshold is not None or self.from_start
+        return Schedule("one_shot", 1) if once else Schedule()
+
+    @property
+    def from_start(self) -> bool:
+        """Whether the cut is made for a training from the start: by `at_init` or `ticket`."""
+        return self.at_init is not None or self.ticket is not None
 
     def asked_at(self, step: int, graph: Graph, dense_ms: float = 0.0) -> Budget | Threshold:
         """The budget of a step, from the schedule; a threshold is the same at every step."""

@@ -1,6 +1,7 @@
-"""How a run goes through a stage: rounds of cut and heal, cuts inside one training, or a descent.
+"""How a run goes through a stage: rounds of cut and heal, cuts inside one training, a descent, or
+one cut for a training from the start.
 
-Each of the three is a `Walk`: it ends with the ranking and the counts of the last step that was
+Each of them is a `Walk`: it ends with the ranking and the counts of the last step that was
 kept, and can be left and resumed.
 """
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from secateurs.controls import reinitialise_
 from secateurs.errors import BudgetError, DataError
-from secateurs.finetuning import clock_of
+from secateurs.finetuning import clock_of, restore_
 from secateurs.pipeline.descent import Descent, unchanged
-from secateurs.pipeline.points import Point
+from secateurs.pipeline.onlooking import length, work_of
+from secateurs.pipeline.points import Point, Ranking
 from secateurs.pipeline.preparing import prepare
 from secateurs.pipeline.request import given
 from secateurs.pipeline.resolving import AUTO_MARGIN, resolve_budget
@@ -25,7 +27,11 @@ from secateurs.pipeline.stage import Stage
 from secateurs.pipeline.walk import End, Walk
 from secateurs.surgery import shrink
 from secateurs.surgery.shrinking import info_of
-from secateurs.types import Counts, Graph, Inputs
+from secateurs.tickets import Ticket, find_ticket, train_ticket
+from secateurs.tickets.densities import COLLAPSE
+from secateurs.tickets.initial import cut_at_init
+from secateurs.tickets.lottery import rewind_step
+from secateurs.types import Budget, Counts, Graph, Inputs
 
 __all__ = ["cut_all", "cut_stage"]
 
@@ -34,7 +40,8 @@ def cut_all(
     run: Run, stages: Sequence[Stage], example_inputs: Inputs, *, form: str, norm: str
 ) -> nn.Module:
     """All stages, then the smaller model, verified and in the mode of the dense one."""
-    run.total = sum(stage.most_steps for stage in stages)
+    run.cuts = sum(stage.most_steps for stage in stages)
+    run.total = sum(work_of(stage, run.batches) for stage in stages)
     for number, stage in enumerate(stages, start=1):
         if number > run.stages_done:
             cut_stage(run, number, stage)
@@ -59,6 +66,10 @@ def cut_stage(run: Run, number: int, stage: Stage) -> None:
     before, started = run.started
     if stage.wants_drop:
         walk: Walk = Descent(run, stage, samples, margin=margin)
+    elif stage.at_init is not None:
+        walk = FromInit(run, stage, samples)
+    elif stage.ticket is not None:
+        walk = Lottery(run, stage, samples)
     elif stage.steps.every is not None:
         walk = Within(run, stage, samples)
     else:
@@ -110,7 +121,7 @@ class Rounds(Walk):
     def remove(self) -> bool:
         """The cut of a step; False when there is nothing left to cut."""
         run, stage = self.run, self.stage
-        run.tell("prune", len(run.steps))
+        run.tell(f"prune: cut {run.cut_text}")
         self.good = run.point(*(self.end or ())) if stage.max_drop is not None else None
         try:
             ranking, counts = self.cut(self.step)
@@ -132,7 +143,7 @@ class Rounds(Walk):
         run, stage = self.run, self.stage
         assert self.fresh is not None
         ranking, counts = self.fresh
-        healed, loss = run.heal(stage, before=self.before)
+        healed, loss = self.train()
         fraction = _fraction(stage, self.step)
         run.note_step(counts, fraction, self.masked, healed=healed, loss=loss)
         last, limit = self.masked if healed is None else healed, stage.max_drop
@@ -143,6 +154,10 @@ class Rounds(Walk):
             return False
         self.end, self.fresh = self.fresh, None
         return True
+
+    def train(self) -> tuple[float | None, float | None]:
+        """The training itself; the metric and the loss after it."""
+        return self.run.heal(self.stage, before=self.before)
 
 
 def _fraction(stage: Stage, step: int) -> float | None:
@@ -167,6 +182,94 @@ def _stop_guarded(run: Run, stage: Stage, step: int, told: str) -> None:
         )
     run.met = False
     run.notes.append(f"stopped at step {step} of {stage.steps.steps} by max_drop: {told}")
+
+
+@dataclass
+class FromInit(Rounds):
+    """One cut of the network as it came, by a method for untrained ones; then its training."""
+
+    def cut(self, step: int) -> End:
+        run, stage, how = self.run, self.stage, self.stage.at_init
+        assert how is not None
+        assert isinstance(stage.budget, Budget)
+        plan, scores, counts = cut_at_init(
+            run.work, self.samples, run.loss_fn, budget=stage.budget, method=how.method,
+            iterations=how.iterations, batches_per_iteration=how.batches_per_iteration,
+            granularity=stage.granularity, graph=run.graph, min_keep=stage.min_keep, seed=run.seed,
+            progress=lambda what, i, n: run.tell(what),
+        )  # fmt: skip
+        run.adopt(plan)
+        run.notes += [f"{name}: {text}" for name, text in plan.reasons.items() if COLLAPSE in text]
+        return Ranking(scores), counts
+
+
+@dataclass
+class Lottery(Rounds):
+    """The search for a lottery ticket, and then its training.
+
+    A run that is interrupted within the search starts the search anew, from its beginning and with
+    the same result; the training of the ticket goes on from its last checkpoint.
+
+    Attributes:
+        ticket: once it is found.
+    """
+
+    ticket: Ticket | None = None
+
+    def remove(self) -> bool:
+        done = super().remove()
+        self.run.leave(must=True)
+        return done
+
+    def cut(self, step: int) -> End:
+        run, stage, how = self.run, self.stage, self.stage.ticket
+        assert how is not None
+        assert isinstance(stage.budget, Budget)
+        assert stage.finetune is not None
+        looker = run.onlooker("search for a ticket")
+        self.ticket = ticket = find_ticket(
+            run.work, run.batches, run.loss_fn, train=stage.finetune, rounds=how.rounds,
+            budget=stage.budget, rewind=how.rewind, reset=how.reset, criterion=stage.criterion,
+            granularity=stage.granularity, allocation=stage.allocation, min_keep=stage.min_keep,
+            graph=run.graph, evaluate=run.evaluate, maximize=run.maximize, seed=run.seed,
+            parts=[looker], each_epoch=looker.epoch,
+        )  # fmt: skip
+        run.trained(work_of(stage, run.batches) - 1 - self.last_training)
+        restore_(run.work, ticket.state)
+        run.adopt(ticket.plan)
+        for row in ticket.history:
+            metric = "" if row.metric is None else f", metric {row.metric:.4g}"
+            run.notes.append(
+                f"ticket, round {row.round} of {how.rounds}: {row.trained:,} units trained for "
+                f"{row.steps} steps{metric}; {row.kept:,} left"
+            )
+        run.notes.append(f"the ticket is trained from step {ticket.start}; reset: {ticket.reset}")
+        run.notes += [
+            f"{name}: {text}" for name, text in ticket.plan.reasons.items() if COLLAPSE in text
+        ]
+        return Ranking(ticket.scores), ticket.counts
+
+    @property
+    def last_training(self) -> int:
+        """How long the training of the ticket is, from the rewinding point on."""
+        config, how = self.stage.finetune, self.stage.ticket
+        assert config is not None
+        assert how is not None
+        batches = self.run.batches
+        return length(config, batches) - rewind_step(config, batches, how.rewind)
+
+    def train(self) -> tuple[float | None, float | None]:
+        run, stage, ticket = self.run, self.stage, self.ticket
+        assert ticket is not None
+        assert stage.finetune is not None
+        looker = run.onlooker("train the ticket")
+        done = train_ticket(
+            run.work, ticket, run.batches, run.loss_fn, train=stage.finetune,
+            evaluate=run.evaluate, maximize=run.maximize, seed=run.seed, parts=[looker],
+            each_epoch=looker.epoch, checkpoint=run.training(),
+        )  # fmt: skip
+        run.trained(self.last_training, done)
+        return run.outcome(stage.finetune, done)
 
 
 @dataclass
@@ -205,7 +308,7 @@ class Within(Walk):
         run, stage = self.run, self.stage
         if not self.due or done < self.due[0]:
             return None
-        run.tell("prune", len(run.steps))
+        run.tell(f"prune: cut {run.cut_text}")
         step = self.made + 1
         with torch.random.fork_rng():  # the training goes on as if nobody had looked
             torch.manual_seed(run.seed + len(run.steps))

@@ -105,6 +105,8 @@ def compensate_bias(
                 taken, note = _fold(model, dense, cut, layer, means[layer.name], heirs)
                 changed += taken
                 notes += note
+            elif layer.path in order.calls and any(layer in group for group in order.groups):
+                notes.append(f"{layer.name}: no sample reaches it, left")
         if not layers:
             raise ConfigError(
                 "compensate_bias found no layer that has lost inputs"

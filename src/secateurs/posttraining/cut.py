@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from secateurs.types import Plan
 __all__ = ["Cut"]
 
 Masks = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 class Cut:
@@ -22,15 +24,15 @@ class Cut:
 
     Attributes:
         small: whether the model is physically smaller; else it has the dense shapes.
-        masks: tensor name -> bool mask of the dense shape.
+        masks: tensor name -> bool mask of the dense shape, under all names of a tensor.
     """
 
     def __init__(self, model: nn.Module, dense: nn.Module, plan: Plan | Masks) -> None:
-        self.masks: Masks = plan.masks if isinstance(plan, Plan) else plan
-        self._kept = plan.kept if isinstance(plan, Plan) else {}
         layers = plan.layers if isinstance(plan, Plan) else {}
         gone = {n for names in layers.values() for n in names}
         mine, theirs = named_tensors(model), named_tensors(dense)
+        self.masks: Masks = _everywhere(plan.masks if isinstance(plan, Plan) else plan, theirs)
+        self._kept = _everywhere(plan.kept if isinstance(plan, Plan) else {}, theirs)
         sizes = {
             n: (self.masks[n] if n in self.masks else theirs.get(n))
             for n in [*self.masks, *self._kept]
@@ -93,7 +95,16 @@ class Cut:
         if layer.weight not in self.masks:
             return False
         mask = layer.matrix(self.mask(layer.weight, dense))
-        return bool((~mask & mask.any(2, keepdim=True)).any())
+        stays = mask.any(2)
+        if layer.bias is not None:  # what reads nothing any more, and still adds its bias
+            stays = stays | self._kept_bias(layer, mask)
+        return bool((~mask & stays[:, :, None]).any())
+
+    def _kept_bias(self, layer: Layer, weights: Tensor) -> Tensor:
+        """(groups, out) bool: outputs whose bias stays."""
+        if layer.bias is None or layer.bias not in self.masks:
+            return torch.ones_like(weights[:, :, 0])
+        return layer.line(self.masks[layer.bias].to(weights.device))
 
     def small_groups(self, layer: Layer) -> bool:
         """Whether the outputs of a smaller layer cannot be found in the dense ones."""
@@ -103,6 +114,17 @@ class Cut:
             and layer.groups > 1
             and layer.weight in self._kept
         )
+
+
+def _everywhere(values: Mapping[str, T], dense: Mapping[str, Tensor]) -> dict[str, T]:
+    """What is said of a tensor, under all names that it has (tied weights)."""
+    known = {id(dense[name]): name for name in values if name in dense}
+    others = {
+        name: values[known[id(tensor)]]
+        for name, tensor in dense.items()
+        if id(tensor) in known and name not in values
+    }
+    return {**values, **others}
 
 
 def _misfit(name: str, tensor: Tensor | None, dense: Mapping[str, Tensor]) -> str:

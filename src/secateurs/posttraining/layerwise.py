@@ -100,6 +100,7 @@ def prune_layerwise(
             raise ConfigError(
                 "prune_layerwise found no layer that is called; prune before shrink, or use the "
                 'module form of the smaller model (form="module")'
+                + "".join(f"\n  {note}" for note in notes)
             )
         masks: dict[str, Tensor] = {}
         errors = []
@@ -109,7 +110,10 @@ def prune_layerwise(
                 cutter = _cutter(method, block, damping)
                 error, plain = _prune(model, layer, found, share, cutter, masks, previous)
                 errors.append(error)
-                notes.append(f"{layer.name}: error {error:.4f} (smallest weights: {plain:.4f})")
+                told = f"error {error:.4f} (smallest weights: {plain:.4f})"
+                notes.append(
+                    f"{layer.name}: {told if found.n else 'no sample reaches it, cut by size only'}"
+                )
         plan = _plan(masks, previous, f"{method}, density {density} of each layer")
         mean = sum(errors) / len(errors)
         won = judge.won(model, f"pruned by {method}", list(masks), notes, (0.0, mean))

@@ -15,12 +15,12 @@ __all__ = ["left_out", "shared"]
 
 def left_out(dense: nn.Module, cut: Cut) -> list[str]:
     """One sentence for each parameter that is masked in part and belongs to no layer."""
-    known = {x.weight for x in layers_of(dense)}
     params = dict(dense.named_parameters(remove_duplicate=False))
+    known = {id(params.get(x.weight)) for x in layers_of(dense)}
     notes = []
     for name, mask in cut.masks.items():
-        owner = dense.get_submodule(name.rpartition(".")[0])
-        if name in known or name not in params or params[name].dim() < 2:
+        owner = _owner(dense, name)
+        if name not in params or id(params[name]) in known or params[name].dim() < 2:
             continue
         if isinstance(owner, nn.Embedding):  # it makes units, and reads none
             continue
@@ -31,14 +31,22 @@ def left_out(dense: nn.Module, cut: Cut) -> list[str]:
 
 
 def shared(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
-    """Weight -> another name under which something else uses it."""
+    """Weight -> another name under which something else uses it.
+
+    A module that is registered at several places has several names too, and is still one layer.
+    """
     tensors = named_tensors(model)
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
     found = {}
     for layer in layers:
-        others = [n for n in names[id(tensors[layer.weight])] if n != layer.weight]
+        owner = _owner(model, layer.weight)
+        others = [n for n in names[id(tensors[layer.weight])] if _owner(model, n) is not owner]
         if others:
             found[layer.weight] = others[0]
     return found
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])

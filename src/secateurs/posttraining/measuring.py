@@ -22,7 +22,7 @@ from secateurs.batches import (
     preserve,
     tensors,
 )
-from secateurs.errors import ConfigError, PruningError, ScoringError
+from secateurs.errors import ConfigError, DataError, PruningError, ScoringError
 from secateurs.masks import named_tensors
 from secateurs.posttraining.won import Won
 from secateurs.types import Batches, Evaluate, LossFn
@@ -107,6 +107,8 @@ class Judge:
                     error, size = error + e, size + s
                 if self._loss_fn is not None:
                     loss += k * float(checked_loss(model, batch, self._loss_fn, f"batch {i}"))
+        if not n:
+            raise DataError("the batches hold no sample: give some hundred of them")
         if dense is not None:
             found["outputs"] = relative(error, size)
         if self._loss_fn is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from secateurs.errors import ConfigError
+from secateurs.errors import ConfigError, DataError
 from secateurs.masks import apply_masks_
 from secateurs.posttraining.inputs import inputs_of, quiet, watch_calls
 from secateurs.posttraining.layers import Call
@@ -55,6 +55,7 @@ def recalibrate_norms(
 
     Raises:
         ConfigError: the model has no running statistics.
+        DataError: no sample reaches a norm.
         ScoringError: activations that are not finite.
 
     Example:
@@ -156,6 +157,8 @@ def _measure(
     with quiet(model):
         for inputs in inputs_of(batches, model, max_batches):
             watch_calls(model, inputs, {path: calls}, look)
+    if not pool.n:
+        raise DataError(f"{path}: no sample reached this norm; give batches that have samples")
     variance = spread.mean if by_sample else pool.square / max(1, pool.n)
     checked_finite(variance, path)
     assert norm.running_mean is not None

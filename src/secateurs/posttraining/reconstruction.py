@@ -97,6 +97,9 @@ def reconstruct(
         errors: list[tuple[float, float]] = []
         for group in found.groups:
             for layer, sums in zip(group, work.collect(group, found.calls), strict=True):
+                if not sums.n:
+                    notes.append(f"{layer.name}: no sample reaches it, left")
+                    continue
                 changed += work.solve(layer, sums, ridge)
                 errors.append((relative(sums.error, sums.size), work.left))
                 told = f"{layer.name}: error {errors[-1][0]:.4f} -> {errors[-1][1]:.4f}"

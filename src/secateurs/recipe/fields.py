@@ -31,13 +31,16 @@ from secateurs.finetuning import Finetune
 from secateurs.imports import find_file
 from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage
+from secateurs.pipeline.fitting import unread_by
 from secateurs.pipeline.request import NORMS
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
+from secateurs.tickets import AtInit, TicketSearch
 from secateurs.types import Budget, Threshold, expand_granularity
 
 __all__ = ["Recipe", "StageRecipe"]
 
+STARTS = ("trained", "untrained")
 
 Asked = Annotated[
     Annotated[Budget, Tag("limits")] | Annotated[Literal["auto"], Tag("auto")],
@@ -68,6 +71,8 @@ class StageRecipe(BaseModel):
     penalty: Penalty | None = None
     repair: list[str] = Field(default_factory=list)
     regrow: Regrow | None = None
+    at_init: AtInit | None = None
+    ticket: TicketSearch | None = None
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -78,6 +83,11 @@ class StageRecipe(BaseModel):
             base = (info.context or {}).get("base")
             return {**value, "curve": _anchored(curve, "schedule curve", base)}
         return value
+
+    @field_validator("at_init", mode="before")
+    @classmethod
+    def _method_alone(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
 
     @field_validator("criterion", "granularity", "allocation", "round_to", "control")
     @classmethod
@@ -112,6 +122,7 @@ class StageRecipe(BaseModel):
             homogeneous=self.homogeneous, control=control, max_drop=self.max_drop,
             allow_missed=self.allow_missed, prepare=self.prepare, penalty=self.penalty,
             repair=tuple(self.repair), regrow=self.regrow,
+            at_init=self.at_init, ticket=self.ticket,
         )  # fmt: skip
 
 
@@ -132,6 +143,9 @@ class Recipe(StageRecipe):
         model, data: import paths of functions: `model()` returns a trained module, `data()` a dict
             with "train", "validation" and "test" (re-iterable batches) and, if wanted,
             "calibration" (batches for scoring) and "example_inputs".
+        start: "trained"; or "untrained": the network as built, under the seed, to be pruned before
+            its training, which `finetune` is then. A model of the user's own is taken as its
+            function returns it; the word only says what it is.
         loss: with model and data, import path of `loss_fn(outputs, targets)`; None: cross entropy.
         metric: with model and data, import path of `metric(model, batches) -> float or dict`; None:
             accuracy.
@@ -153,6 +167,7 @@ class Recipe(StageRecipe):
     task: str | None = None
     model: str | None = None
     data: str | None = None
+    start: str = "trained"
     loss: str | None = None
     metric: str | None = None
     include: str | list[str] | None = None
@@ -177,6 +192,11 @@ class Recipe(StageRecipe):
     @classmethod
     def _known_form(cls, value: str) -> str:
         return choose(value, ["auto", "module", "graph"], "form")
+
+    @field_validator("start")
+    @classmethod
+    def _known_start(cls, value: str) -> str:
+        return choose(value, STARTS, "start")
 
     @field_validator("norm")
     @classmethod
@@ -211,13 +231,18 @@ class Recipe(StageRecipe):
         """Everything that decides the run, defaults included, without what is not set."""
         own = set(StageRecipe.model_fields)
         full = self.model_dump(mode="json", exclude_none=True, exclude=own | {"stages"})
+        if self.start == "trained":
+            del full["start"]
         blocks = []
         for stage in self.stages or [self]:
             block = stage.model_dump(mode="json", exclude_none=True, include=own)
             block["schedule"] = _said(stage.stage().steps)
+            if stage.at_init is not None or stage.ticket is not None:
+                for name in unread_by("ticket" if stage.at_init is None else "at_init"):
+                    block.pop(name, None)
             for name in ("allow_missed", "repair"):
-                if not block[name]:
-                    del block[name]
+                if not block.get(name):
+                    block.pop(name, None)
             blocks.append({k: block[k] for k in StageRecipe.model_fields if k in block})
         if self.stages and self.control is not None:
             full["control"] = self.control

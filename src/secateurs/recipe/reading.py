@@ -20,9 +20,11 @@ from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
 from secateurs.imports import near_file
 from secateurs.penalties import Penalty
+from secateurs.pipeline.fitting import unread_by
 from secateurs.recipe.fields import Recipe, StageRecipe
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
+from secateurs.tickets import AtInit, TicketSearch
 from secateurs.types import Budget, Threshold
 
 __all__ = ["override", "parse_recipe", "read_recipe"]
@@ -144,14 +146,49 @@ def _conflicts(data: Mapping[str, Any]) -> Iterator[str]:
     if stages and of_stage:
         yield f"stages: move {', '.join(of_stage)} into a stage"
     blocks = {f"stages.{i}": block for i, block in enumerate(stages)} or {"recipe": data}
+    if data.get("start") == "untrained":
+        yield from _untrained(data, blocks)
     for place, block in blocks.items():
         if isinstance(block, Mapping):
             inner = block.get("control") if stages else None
             if inner is not None and (compares or inner == "all" or isinstance(inner, list)):
                 yield f"{place}.control: a comparison is of the whole run: put it beside stages"
+            if block.get("at_init") is not None:
+                yield from _beside_at_init(place, block, data)
             known = block.get("budget") is not None, block.get("threshold") is not None
             if sum(known) != 1:
                 yield f"{place}: give exactly one of budget and threshold"
+
+
+def _beside_at_init(place: str, block: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+    """What a stage says beside `at_init` although it is the default, and what the recipe lacks."""
+    where = "" if place == "recipe" else f"{place}."
+    for name, default in unread_by("at_init").items():
+        if block.get(name) is not None and block[name] == default:
+            yield f"{where}{name}: at_init does not read it: leave it away"
+    if data.get("start") != "untrained":
+        yield f"{where}at_init: is for a network that was not trained: add start: untrained"
+
+
+def _untrained(data: Mapping[str, Any], blocks: Mapping[str, Any]) -> Iterator[str]:
+    """What compares with the network that came in, or learns from it, and it is not trained."""
+    if data.get("search") is not None:
+        yield "search: compares with a trained network: leave start: untrained away"
+    for place, block in blocks.items():
+        where = "" if place == "recipe" else f"{place}."
+        budget = block.get("budget") if isinstance(block, Mapping) else None
+        if not isinstance(block, Mapping):
+            continue
+        if budget == "auto" or (
+            isinstance(budget, Mapping) and budget.get("metric_drop") is not None
+        ):
+            yield f"{where}budget: the metric of an untrained network is nothing to hold on to"
+        if block.get("max_drop") is not None:
+            yield f"{where}max_drop: the metric of an untrained network is nothing to hold on to"
+        for name in ("finetune", "prepare"):
+            config = block.get(name)
+            if isinstance(config, Mapping) and (config.get("distill") or config.get("hidden")):
+                yield f"{where}{name}: an untrained network teaches nothing: no distill, no hidden"
 
 
 def _problems(data: Mapping[str, Any], errors: list[dict[str, Any]]) -> Iterator[str]:
@@ -191,7 +228,8 @@ def _path(data: Any, error: Mapping[str, Any]) -> list[str]:
 def _known_keys(path: list[str]) -> list[str]:
     nested: dict[str, Any] = {
         "budget": Budget, "threshold": Threshold, "schedule": Schedule, "finetune": Finetune,
-        "prepare": Finetune, "penalty": Penalty, "regrow": Regrow, "search": Search, "folds": Folds,
+        "prepare": Finetune, "penalty": Penalty, "regrow": Regrow, "at_init": AtInit,
+        "ticket": TicketSearch, "search": Search, "folds": Folds,
     }  # fmt: skip
     names = [p for p in path if not p.isdigit()]
     if names and names[-1] in nested:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Training
 from secateurs.masks import hold_masks
+from secateurs.masks.states import skips, unwrapped
 from secateurs.regrowth.config import Regrow
 from secateurs.regrowth.part import Regrowth, tensors_of
 from secateurs.regrowth.rules import RULES
@@ -72,7 +73,7 @@ def regrow_masks(
     if RULES[config.rule].dense:
         tensors = tensors_of(model)
         dense = {n: tensors[n].detach().clone() for n in masks if n in tensors}
-    regrowth = Regrowth(config, seed, dense=dense)
+    regrowth, optimizer = Regrowth(config, seed, dense=dense), unwrapped(optimizer)
     with ExitStack() as hooks:
         held = hooks.enter_context(
             hold_masks(model, optimizer, masks, averaged=averaged, check_every=check_every)
@@ -96,16 +97,11 @@ def _before(
             "regrow_masks needs the gradient before the step: call optimizer.step() without a "
             "closure, after backward()"
         )
-    if not _skips(optimizer):
+    if not skips(optimizer):
         regrowth.gradients(regrowth.steps)
 
 
 def _after(regrowth: Regrowth, optimizer: Optimizer) -> None:
-    if not _skips(optimizer):
+    if not skips(optimizer):
         regrowth.stepped(regrowth.steps + 1)
         regrowth.begin(regrowth.steps)
-
-
-def _skips(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler tells a fused optimizer that this step is void."""
-    return bool(getattr(optimizer, "found_inf", False))

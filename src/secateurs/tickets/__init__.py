@@ -7,15 +7,18 @@
 What comes out is masks: train with `hold_masks`, `finetune(masks=plan.masks)` or `train_ticket`.
 """
 
+from secateurs.tickets.config import AtInit, TicketSearch
 from secateurs.tickets.fresh import FreshRow, reinitialise_sparse_
 from secateurs.tickets.initial import METHODS, prune_at_init
 from secateurs.tickets.lottery import Ticket, TicketRow, find_ticket, train_ticket
 
 __all__ = [
     "METHODS",
+    "AtInit",
     "FreshRow",
     "Ticket",
     "TicketRow",
+    "TicketSearch",
     "find_ticket",
     "prune_at_init",
     "reinitialise_sparse_",

@@ -7,7 +7,10 @@ from dataclasses import replace
 from secateurs.allocation import allocate
 from secateurs.types import Budget, Counts, Graph, Plan, Scores, Target, WeightTarget
 
-__all__ = ["counts_at", "emptied"]
+__all__ = ["COLLAPSE", "counts_at", "emptied"]
+
+COLLAPSE = "layer collapse"
+"""What is said of a target that would have lost everything begins with it."""
 
 
 def counts_at(
@@ -60,7 +63,7 @@ def emptied(scores: Scores, counts: Counts, min_keep: int) -> dict[str, str]:
     cut = min((counts.thresholds[n] for n in counts.kept if n not in floor), default=float("inf"))
     return {
         name: (
-            f"layer collapse: by its scores {_what(graph.targets[name])} would be empty, "
+            f"{COLLAPSE}: by its scores {_what(graph.targets[name])} would be empty, "
             f"min_keep={min_keep} leaves {counts.kept[name]} of {graph.targets[name].n_units}"
         )
         for name in floor

@@ -21,9 +21,9 @@ from secateurs.selection import select
 from secateurs.statistics.synaptic import NoFlowError
 from secateurs.surgery.verification import copied
 from secateurs.tickets.densities import counts_at, emptied
-from secateurs.types import Batches, Budget, Graph, Inputs, LossFn, Plan, Scores
+from secateurs.types import Batches, Budget, Counts, Graph, Inputs, LossFn, Plan, Scores
 
-__all__ = ["METHODS", "graph_of", "prune_at_init"]
+__all__ = ["METHODS", "check_at_init", "cut_at_init", "graph_of", "prune_at_init"]
 
 METHODS: Mapping[str, int] = {"snip": 1, "grasp": 1, "synflow": 100, "force": 60}
 """Method -> cuts, when `iterations` does not say how many."""
@@ -105,10 +105,34 @@ def prune_at_init(
         arXiv:2006.05467. de Jorge et al., Progressive Skeletonization (FORCE), 2021,
         arXiv:2006.09081.
     """
-    n = _checked(method, iterations, batches_per_iteration, granularity)
+    return cut_at_init(
+        model, batches, loss_fn, budget=budget, method=method, iterations=iterations,
+        batches_per_iteration=batches_per_iteration, granularity=granularity,
+        graph=graph_of(model, batches, graph, example_inputs, exclude), min_keep=min_keep,
+        mode=mode, seed=seed, progress=progress,
+    )[0]  # fmt: skip
+
+
+def cut_at_init(
+    model: nn.Module,
+    batches: Batches | None,
+    loss_fn: LossFn | None,
+    *,
+    budget: Budget,
+    method: str,
+    iterations: int | None,
+    batches_per_iteration: int | None,
+    granularity: str | tuple[str, ...],
+    graph: Graph,
+    min_keep: int = 1,
+    mode: Mode = "train",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Plan, Scores, Counts]:
+    """What `prune_at_init` finds, with the scores and the counts of its last iteration."""
+    n = check_at_init(method, iterations, batches_per_iteration, granularity)
     if isinstance(batches, Iterator):
         raise DataError("batches can be read only once (a generator): pass a list or a DataLoader")
-    graph = graph_of(model, batches, graph, example_inputs, exclude)
     work = copied(model)
     given = snapshot(work)
     windows = _windows(batches, batches_per_iteration)
@@ -140,7 +164,7 @@ def prune_at_init(
         apply_masks_(work, plan.masks)
     assert plan is not None
     said = {name: f"{plan.reasons.get(name, name)}; {note}" for name, note in notes.items()}
-    return replace(plan, reasons={**plan.reasons, **said})
+    return replace(plan, reasons={**plan.reasons, **said}), scores, counts
 
 
 def graph_of(
@@ -160,13 +184,17 @@ def graph_of(
     return graph if exclude is None else graph.only(exclude=exclude, model=model)
 
 
-def _checked(
+def check_at_init(
     method: str,
     iterations: int | None,
     batches_per_iteration: int | None,
-    granularity: str | tuple[str, ...],
+    granularity: str | tuple[str, ...] = "weight",
 ) -> int:
-    """How many iterations there are."""
+    """How many iterations there are.
+
+    Raises:
+        ConfigError: an option is out of range, or does not fit another.
+    """
     choose(method, METHODS, "method")
     for name, value in (
         ("iterations", iterations),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from secateurs.bars import Progress, epoch_text
+from secateurs.checkpoints import Keeper
 from secateurs.criteria import CriterionLike
 from secateurs.errors import ConfigError, choose
 from secateurs.filters import Patterns
@@ -31,9 +32,17 @@ from secateurs.selection import select
 from secateurs.surgery.verification import copied
 from secateurs.tickets.densities import counts_at, emptied
 from secateurs.tickets.initial import graph_of
-from secateurs.types import Batches, Budget, Evaluate, Graph, Inputs, LossFn, Plan
+from secateurs.types import Batches, Budget, Counts, Evaluate, Graph, Inputs, LossFn, Plan, Scores
 
-__all__ = ["Ticket", "TicketRow", "find_ticket", "train_ticket"]
+__all__ = [
+    "Reset",
+    "Ticket",
+    "TicketRow",
+    "check_search",
+    "find_ticket",
+    "rewind_step",
+    "train_ticket",
+]
 
 Reset = Literal["weights", "lr"]
 
@@ -69,6 +78,7 @@ class Ticket:
         start: the optimizer step at which training goes on.
         reset: "weights" or "lr", as in `find_ticket`.
         history: one row for each round.
+        scores, counts: of the last cut.
     """
 
     plan: Plan
@@ -76,6 +86,8 @@ class Ticket:
     start: int
     reset: Reset
     history: tuple[TicketRow, ...]
+    scores: Scores
+    counts: Counts
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
@@ -103,6 +115,8 @@ def find_ticket(
     evaluate: Evaluate | None = None,
     maximize: bool = True,
     seed: int = 0,
+    parts: Sequence[Part] = (),
+    each_epoch: Callable[[EpochRow], object] | None = None,
     progress: Progress | None = None,
 ) -> Ticket:
     """A lottery ticket by iterative pruning with rewinding; `model` itself is not changed.
@@ -134,6 +148,8 @@ def find_ticket(
         graph, example_inputs, exclude: as in `prune_at_init`.
         evaluate, maximize: as in `finetune`.
         seed: round r trains under seed + r; the steps before k under `seed`.
+        parts: of every training, as in `finetune`.
+        each_epoch: called with each finished `EpochRow`.
         progress: called with (what, trainings done, all).
 
     Raises:
@@ -157,11 +173,13 @@ def find_ticket(
         rewinding). Renda, Frankle and Carbin, Comparing Rewinding and Fine-tuning, 2020,
         arXiv:2003.02389 (the learning rate alone).
     """
-    _check(rounds, reset)
-    start = _start(train, batches, rewind)
+    check_search(rounds, rewind, reset)
+    start = rewind_step(train, batches, rewind)
     graph = graph_of(model, batches, graph, example_inputs, exclude)
     work = copied(model)
-    runner = _Rounds(work, batches, loss_fn, train, evaluate, maximize, rounds, progress)
+    runner = _Rounds(
+        work, batches, loss_fn, train, evaluate, maximize, rounds, progress, parts, each_epoch
+    )
     if start:
         runner.train(0, start, None, seed, 0)
     origin = snapshot(work)
@@ -193,7 +211,7 @@ def find_ticket(
             restore_(work, origin)
         apply_masks_(work, plan.masks)
     assert plan is not None
-    return Ticket(plan, snapshot(work), start, reset, tuple(rows))
+    return Ticket(plan, snapshot(work), start, reset, tuple(rows), scores, counts)
 
 
 def train_ticket(
@@ -206,7 +224,10 @@ def train_ticket(
     evaluate: Evaluate | None = None,
     maximize: bool = True,
     seed: int = 0,
+    parts: Sequence[Part] = (),
+    each_epoch: Callable[[EpochRow], object] | None = None,
     progress: Progress | None = None,
+    checkpoint: Keeper | None = None,
 ) -> FinetuneResult:
     """Give `model` the weights of a ticket IN PLACE and train it as a round of `find_ticket` does.
 
@@ -222,8 +243,10 @@ def train_ticket(
         odd = ", ".join(sorted(known ^ set(ticket.state))[:5])
         raise ConfigError(f"the ticket is not of this model: {odd} are in only one of them")
     restore_(model, ticket.state)
-    runner = _Rounds(model, batches, loss_fn, train, evaluate, maximize, 1, progress)
-    return runner.train(ticket.start, None, ticket.plan, seed, 1)
+    runner = _Rounds(
+        model, batches, loss_fn, train, evaluate, maximize, 1, progress, parts, each_epoch
+    )
+    return runner.train(ticket.start, None, ticket.plan, seed, 1, checkpoint)
 
 
 class LateRate(Part):
@@ -256,12 +279,20 @@ class _Rounds:
     maximize: bool
     rounds: int
     progress: Progress | None
+    parts: Sequence[Part]
+    each_epoch: Callable[[EpochRow], object] | None
 
     def train(
-        self, start: int, stop: int | None, plan: Plan | None, seed: int, number: int
+        self,
+        start: int,
+        stop: int | None,
+        plan: Plan | None,
+        seed: int,
+        number: int,
+        checkpoint: Keeper | None = None,
     ) -> FinetuneResult:
         """From one step of the whole training to another, None = its end."""
-        config, parts, evaluate = self.config, list[Part](), self.evaluate
+        config, parts, evaluate = self.config, [*self.parts], self.evaluate
         if start or stop is not None:
             clock = clock_of(config, self.batches, needs="rewinding")
             assert clock.n_steps is not None
@@ -269,36 +300,43 @@ class _Rounds:
             config = replace(
                 config, epochs=None, steps=until - start, lr_schedule="constant", cycles=1
             )
-            parts.append(LateRate(self.config, clock, start))
+            parts.insert(0, LateRate(self.config, clock, start))
         if stop is not None:  # the way to the rewinding point: nobody judges it
             config, evaluate = replace(config, patience=None, restore_best=False), None
         return finetune(
             self.model, self.batches, self.loss_fn, config, parts=parts, evaluate=evaluate,
             masks=None if plan is None else plan.masks, maximize=self.maximize, seed=seed,
-            progress=lambda row: self.tell(number, row),
+            progress=lambda row: self.tell(number, row), checkpoint=checkpoint,
         )  # fmt: skip
 
     def tell(self, number: int, row: EpochRow) -> None:
         """Show progress."""
+        if self.each_epoch is not None:
+            self.each_epoch(row)
         if self.progress is not None:
             what = epoch_text(f"round {number}", row.epoch, row.train_loss, row.metric)
             self.progress(what, max(0, number - 1), self.rounds)
 
 
-def _check(rounds: int, reset: str) -> None:
+def check_search(rounds: int, rewind: float, reset: str) -> None:
+    """Find what is out of range.
+
+    Raises:
+        ConfigError: it is.
+    """
     choose(reset, ["weights", "lr"], "reset")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ConfigError(f"rounds must be a whole number, at least 1, got {rounds!r}")
-
-
-def _start(config: Finetune, batches: Batches, rewind: float) -> int:
-    """The rewinding point in optimizer steps."""
     number = isinstance(rewind, (int, float)) and not isinstance(rewind, bool)
     if not number or rewind < 0 or (isinstance(rewind, float) and rewind >= 1):
         raise ConfigError(
             f"rewind must be a step (an int, at least 0) or a fraction of the training (a float in "
             f"[0, 1)), got {rewind!r}"
         )
+
+
+def rewind_step(config: Finetune, batches: Batches, rewind: float) -> int:
+    """The rewinding point in optimizer steps."""
     if not rewind:
         return 0
     n = clock_of(config, batches, needs=f"rewind={rewind!r}").n_steps

@@ -1,0 +1,208 @@
+"""What cannot go together in one stage; each problem is one sentence with its way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from secateurs.controls import CONTROLS
+from secateurs.criteria import get_combination
+from secateurs.errors import choose
+from secateurs.tickets.initial import check_at_init
+from secateurs.types import Budget, expand_granularity
+
+if TYPE_CHECKING:
+    from secateurs.pipeline.stage import Stage
+
+__all__ = ["REPAIRS", "TRIES", "late_starts", "problems", "unread_by"]
+
+REPAIRS = ("bias", "reconstruct", "norms")
+"""What `repair` may name, see `secateurs.pipeline.repairing`."""
+TRIES = 20
+"""Steps at most towards `Budget(metric_drop=)` without sizes; `Schedule(steps=)` says otherwise."""
+NEVER_TOO = {
+    "threshold": None, "schedule": None, "control": None, "max_drop": None, "allow_missed": False,
+    "prepare": None, "penalty": None, "repair": (), "round_to": "auto", "homogeneous": False,
+}  # fmt: skip
+"""Fields that neither `at_init` nor `ticket` reads, and their defaults."""
+
+
+def unread_by(name: str) -> dict[str, Any]:
+    """Fields that "at_init" or "ticket" does not read, and their defaults."""
+    own = (
+        {"criterion": "taylor", "allocation": "uniform"} if name == "at_init" else {"regrow": None}
+    )
+    return {**NEVER_TOO, **own}
+
+
+def problems(stage: Stage) -> Iterator[str]:
+    """What is wrong between the fields of a stage whose single fields are right.
+
+    Raises:
+        ConfigError: a name is unknown; or, of `at_init`, what it does not know.
+    """
+    if stage.control is not None:
+        yield from _control_problems(stage, stage.control)
+    yield from _start_problems(stage)
+    yield from _guard_problems(stage)
+    yield from _clock_problems(stage)
+    yield from _penalty_problems(stage)
+    yield from _repair_problems(stage)
+    yield from _regrow_problems(stage)
+
+
+def _start_problems(stage: Stage) -> Iterator[str]:
+    """What keeps pruning before training, or the search for a ticket, from working."""
+    name = "at_init" if stage.at_init is not None else "ticket"
+    if stage.at_init is None and stage.ticket is None:
+        return
+    if stage.at_init is not None and stage.ticket is not None:
+        yield "at_init and ticket each say how the whole cut is made: give one of them"
+    if stage.at_init is not None:
+        check_at_init(stage.at_init.method, stage.at_init.iterations, None, stage.granularity)
+    else:
+        if stage.finetune is None or 0 in (stage.finetune.epochs, stage.finetune.steps):
+            yield "ticket= trains the network in every round: give finetune="
+        elif stage.finetune.distills:
+            yield "ticket= trains without a teacher: leave distill and hidden away"
+    unread = unread_by(name)
+    if given := [field for field, default in unread.items() if getattr(stage, field) != default]:
+        yield f"{name}= decides the whole cut and does not read {', '.join(given)}: leave it away"
+    if stage.wants_drop or stage.wants_latency or not isinstance(stage.budget, Budget):
+        yield f"{name}= needs a budget in units, params, macs or bytes alone"
+
+
+def late_starts(stages: Sequence[Stage]) -> Iterator[str]:
+    """Stages that would begin from the start although something is cut and trained already."""
+    for number, stage in enumerate(stages[1:], start=2):
+        if stage.from_start:
+            name = "at_init" if stage.at_init is not None else "ticket"
+            yield f"stage {number}: {name} begins with a whole network: make it the first stage"
+
+
+def _control_problems(stage: Stage, control: str) -> Iterator[str]:
+    """A control must change what it claims, and nothing else."""
+    choose(control, CONTROLS, "control")
+    rule = None if stage.threshold is None else stage.threshold.rule
+    if control in ("random", "invert") and rule not in (None, "quantile"):
+        yield (
+            f"control={control!r} changes the values that threshold {rule!r} looks at, so "
+            'another number of units would go; use a budget, "quantile" or control="shuffle"'
+        )
+    if control == "random-labels" and rule == "permutation":
+        yield (
+            'control="random-labels" scores on shuffled labels, and so does threshold '
+            "'permutation': nothing would stay; use another threshold or a budget"
+        )
+    criterion = get_combination(stage.criterion)
+    if control == "random-labels" and not criterion.sees_labels:
+        yield (
+            f'control="random-labels" changes nothing: criterion {criterion.label!r} does not '
+            "see the targets"
+        )
+
+
+def _penalty_problems(stage: Stage) -> Iterator[str]:
+    """What keeps a penalty from working."""
+    if stage.penalty is None:
+        return
+    if stage.prepare is None or 0 in (stage.prepare.epochs, stage.prepare.steps):
+        yield "penalty= works while the network trains before the cut: give prepare="
+    if expand_granularity(stage.granularity) == {"weight"}:
+        yield "penalty= makes structural units small, and only single weights are pruned"
+    if stage.penalty.rule == "growing":
+        known = isinstance(stage.budget, Budget) and stage.budget.sizes
+        if not known or stage.wants_drop or stage.wants_latency:
+            yield (
+                "Penalty('growing') must know which units go before they are cut: give a "
+                "budget in units, params, macs or bytes alone, or take group_lasso"
+            )
+        if stage.allocation == "sensitivity":
+            yield (
+                "Penalty('growing') chooses units before the training, and "
+                "allocation='sensitivity' measures again after it: take another allocation"
+            )
+
+
+def _repair_problems(stage: Stage) -> Iterator[str]:
+    """What keeps a repair from working."""
+    given: Any = stage.repair
+    if isinstance(given, str):
+        yield f"repair is a list: repair=({given!r},)"
+        return
+    for name in stage.repair:
+        choose(name, REPAIRS, "repair")
+    if stage.repair and stage.schedule is not None and stage.schedule.every is not None:
+        yield (
+            f"repair= mends a model between cut and training, and Schedule(every="
+            f"{stage.schedule.every!r}) cuts inside one: leave every away"
+        )
+    if stage.repair and stage.control == "reinit":
+        yield 'control="reinit" trains from fresh weights: there is nothing to repair'
+
+
+def _regrow_problems(stage: Stage) -> Iterator[str]:
+    """What keeps masks from moving."""
+    if stage.regrow is None:
+        return
+    if expand_granularity(stage.granularity) != {"weight"}:
+        yield "regrow= moves single weights: it needs granularity='weight'"
+    if stage.finetune is None or 0 in (stage.finetune.epochs, stage.finetune.steps):
+        yield "regrow= moves masks while the network trains: give finetune="
+    if stage.schedule is not None and stage.schedule.every is not None:
+        yield (
+            f"regrow= and Schedule(every={stage.schedule.every!r}) both move masks inside one "
+            "training: leave one of them away"
+        )
+
+
+def _guard_problems(stage: Stage) -> Iterator[str]:
+    """What is wrong with the guard and with what may be missed."""
+    drop: Any = stage.max_drop
+    number = isinstance(drop, (int, float)) and not isinstance(drop, bool)
+    if drop is not None and not (number and 0 <= drop < math.inf):
+        yield (
+            f"max_drop={drop!r}: how much worse the metric may get, at least 0, in the unit "
+            "of the metric (0.01 is one point of accuracy)"
+        )
+    if drop is not None and stage.wants_drop:
+        yield (
+            "max_drop and a budget that limits the drop of the metric say the same twice: "
+            "leave max_drop away"
+        )
+    allowed: Any = stage.allow_missed
+    if not isinstance(allowed, bool):
+        yield f"allow_missed must be True or False, got {allowed!r}"
+    if stage.allow_missed and stage.threshold is not None:
+        yield "allow_missed is for a budget; a threshold has no size to miss"
+    if stage.control == "reinit" and (drop is not None or stage.wants_drop):
+        yield (
+            'control="reinit" starts again from fresh weights after the last cut, and with a '
+            "limit on the drop of the metric no cut is known to be the last"
+        )
+    curve = None if stage.schedule is None else stage.schedule.curve
+    if stage.searches and curve not in (None, "exponential"):
+        yield (
+            f"a budget without sizes has no end that a curve could lead to, got curve "
+            f'{curve!r}: write Schedule("exponential", steps={TRIES}), where steps is the most '
+            "that will be tried"
+        )
+
+
+def _clock_problems(stage: Stage) -> Iterator[str]:
+    """What cannot be done inside one fine-tuning."""
+    if stage.schedule is None or stage.schedule.every is None:
+        return
+    what = f"Schedule(every={stage.schedule.every!r}) cuts inside one fine-tuning"
+    if stage.finetune is None or 0 in (stage.finetune.epochs, stage.finetune.steps):
+        yield f"{what}: give finetune="
+    elif stage.finetune.patience is not None:
+        yield f"{what}, which patience could stop before the last cut: leave patience away"
+    if stage.max_drop is not None or stage.wants_drop:
+        yield (
+            f"{what}; a limit on the drop of the metric needs steps that heal on their own, "
+            "to go back to: leave every away"
+        )
+    if stage.control == "reinit":
+        yield f'{what}; control="reinit" trains after the last cut: leave every away'
