@@ -10,8 +10,7 @@ magnitude: the same search with those scores, and nothing else.
 "fisher": the mask search of Kwon et al. (2022) by derivatives of the loss; "outputs": the same
 search by derivatives of the outputs (`any_output`). Each is then rearranged, and from there tuned:
 by solving the weights again, and for "fisher", as in the paper, by scales of units. 256 training
-samples for everything; no step is refused here because it lost. Last, the recommended recipe
-(`search_masks` with `any_output`) in one call with 512 samples. A row is appended to
+samples for everything; no step is refused here because it lost. A row is appended to
 `benchmarks/results/post_training.jsonl` as soon as it is done. Choices (which recipe is
 recommended) rest on the validation split; the test split is only told.
 """
@@ -35,7 +34,6 @@ from secateurs.masks import apply_masks_
 from secateurs.posttraining import reconstruct
 from secateurs.posttraining.fisher_costs import least_lost
 from secateurs.posttraining.fisher_gates import any_output, first_samples, gate_fisher
-from secateurs.posttraining.fisher_search import search_masks
 from secateurs.posttraining.rearranging import rearrange
 from secateurs.posttraining.scaling import tune_scales_
 from secateurs.report import environment
@@ -51,11 +49,10 @@ SEEDS = (0, 1, 2)
 PARTS = {
     "magnitude": "magnitude",
     "outputs": "outputs + rearranged + weights",
-    "more": "outputs + rearranged + weights, 512 samples",
     "fisher": "fisher + rearranged + weights",
 }
 """Part -> its last row."""
-N_SAMPLES, MORE = 256, 512
+N_SAMPLES = 256
 BUDGET = sc.Budget(macs=0.5)
 Say = Callable[[str, nn.Module, float, float], None]
 """Called with method, model, MACs that remain and seconds of this step."""
@@ -107,19 +104,6 @@ def fisher_masks(
     say(f"{name} + rearranged + weights", cut, left, time.perf_counter() - begun)
 
 
-def with_more(
-    model: nn.Module, graph: Graph, data: Data, seed: int, loss: LossFn, say: Say
-) -> None:
-    """The recommended recipe in one call, with twice the samples."""
-    begun = time.perf_counter()
-    net = copy.deepcopy(model)
-    found = search_masks(
-        net, data.calibration, loss, graph=graph, budget=BUDGET, importance=any_output(seed),
-        n_samples=MORE,
-    )  # fmt: skip
-    say(PARTS["more"], net, found.counts.realised["macs"], time.perf_counter() - begun)
-
-
 def rows_of(task: Task, seed: int, part: str, write: Callable[[dict[str, Any]], None]) -> None:
     """The rows of one part for a task and a seed."""
     model, data, _ = dense_checkpoint(task, seed=seed)
@@ -132,8 +116,6 @@ def rows_of(task: Task, seed: int, part: str, write: Callable[[dict[str, Any]], 
     if part == "magnitude":
         say("dense", model, 1.0, 0.0)
         baselines(model, graph, seed, say)
-    elif part == "more":
-        with_more(model, graph, data, seed, task.loss_fn, say)
     else:
         loss = any_output(seed) if part == "outputs" else task.loss_fn
         fisher_masks(model, graph, held, part, loss, say)
@@ -151,7 +133,7 @@ def measured(
         "validation": task.metric(net, data.validation),
         "test": task.metric(net, data.test),
         "seconds": seconds,
-        "samples": MORE if method == PARTS["more"] else N_SAMPLES,
+        "samples": N_SAMPLES,
         "threads": torch.get_num_threads(),
         "environment": environment(seed),
     }

@@ -93,6 +93,7 @@ def prune_during(
         ConfigError, BudgetError, ...: as `prune`, before the first step.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> x = torch.randn(8, 4)

@@ -147,7 +147,8 @@ def score(
         >>> list(score(net, graph=graph, criterion=["magnitude", "random"], granularity="weight"))
         ['magnitude', 'random']
     """
-    ranks, model = ranks_of(group), plain(model)
+    ranks, given_model = ranks_of(group), model
+    model = plain(model)
     alone = isinstance(criterion, (str, Mapping, Criterion, Combination))
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -157,7 +158,7 @@ def score(
             _check_request(asked, batches, loss_fn, max_batches, sample_batches)
             chosen = list({part.label: part for c in asked for part in c.parts}.values())
             choose(mode, ["eval", "train"], "mode")
-            check_group(model, ranks, resume)
+            check_group(given_model, ranks, resume)
             if mode == "train":
                 _check_train_mode(model, chosen)
         data = batches if any(c.needs_data for c in chosen) else None

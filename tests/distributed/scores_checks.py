@@ -152,6 +152,8 @@ def check_what_is_refused(folder: Path) -> None:
     assert "DistributedDataParallel" in text
     ddp = DistributedDataParallel(copy.deepcopy(c.model))
     assert "group=" in raised(ConfigError, lambda: train(ddp, c.batches, None))
+    text = raised(ConfigError, lambda: score(ddp, c.batches, c.loss_fn, graph=c.graph))
+    assert "each would score its own part" in text
     maps = [{"name": "hrank", "samples": 3}]
     cnn = case("cnn")
     text = raised(

@@ -150,7 +150,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_signs_of_any_output_give_the_squared_derivatives_of_all_outputs() -> None:
+def test_directions_of_any_output_give_the_squared_derivatives_of_all_outputs() -> None:
     jacobian = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 0.0]])  # outputs, units
     signs, gate = any_output(1, centered=False), torch.ones(2, requires_grad=True)
     total = torch.zeros(2, 2)
@@ -158,6 +158,15 @@ def test_signs_of_any_output_give_the_squared_derivatives_of_all_outputs() -> No
         (g,) = torch.autograd.grad(signs((gate @ jacobian.T)[None], None), gate)
         total += torch.outer(g, g) / 1000
     torch.testing.assert_close(total, jacobian.T @ jacobian, atol=0.8, rtol=0.0)
+
+
+def test_of_two_logits_every_sample_tells_the_difference() -> None:
+    gate = torch.ones(20, 1, requires_grad=True)
+    logits = torch.cat([3.0 * gate, -1.0 * gate], 1)  # the difference is 4 times the gate
+    (grad,) = torch.autograd.grad(any_output()(logits, None) * 20, gate)
+    torch.testing.assert_close(grad.abs(), torch.full((20, 1), 4.0 / 2**0.5))
+    (alone,) = torch.autograd.grad(any_output(centered=False)(2.0 * gate[:, 0], None) * 20, gate)
+    assert alone.abs().unique().tolist() == [2.0]
 
 
 def test_any_output_does_not_see_what_a_softmax_does_not_see() -> None:

@@ -32,6 +32,7 @@ def assert_same(value: Any, group: Group, what: str = "state") -> str:
         ConfigError: a sharded tensor, which differs on purpose.
 
     Example:
+        >>> import torch
         >>> len(assert_same({"w": torch.ones(2)}, None))
         32
     """
@@ -59,6 +60,7 @@ def digest(value: Any) -> str:
     """The hash of tensors and plain values: 32 hexadecimal digits.
 
     Example:
+        >>> import torch
         >>> digest({"w": torch.ones(2)}) == digest({"w": torch.ones(2).double()})
         False
     """

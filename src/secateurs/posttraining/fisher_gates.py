@@ -89,11 +89,12 @@ def any_output(seed: int = 0, *, outputs: Sequence[str] = (), centered: bool = T
     """A "loss" whose Fisher information says how much units move the outputs, whatever the labels.
 
     Of most samples that a network has learned the loss is near zero, and so are its derivatives: a
-    few samples decide. The sum of the outputs with random signs says of every sample, on average,
-    the sum of the squared derivatives of all its outputs.
+    few samples decide. A step of one length in a random direction of the outputs says of every
+    sample, on average, the sum of the squared derivatives of all its outputs. (Of two logits that
+    is their difference, for every sample; random signs would see nothing of every second one.)
 
     Args:
-        seed: of the signs, which are drawn for each call.
+        seed: of the directions, which are drawn for each call.
         outputs: the parts of the model's output that matter, as in `trace`; empty for all.
         centered: take the mean of the last dimension off first, which a softmax does not see; False
             for outputs that are no logits.
@@ -113,10 +114,13 @@ def any_output(seed: int = 0, *, outputs: Sequence[str] = (), centered: bool = T
             raise ScoringError("the model returns no floating-point tensor with samples")
         total = found[0].new_zeros(())
         for out in found:
-            signs = (torch.randint(2, out.shape, generator=draw) * 2 - 1).to(out)
-            if centered and out.dim() > 1 and out.shape[-1] > 1:
-                out = out - out.mean(-1, keepdim=True)
-            total = total + (signs * out).sum() / len(out)
+            way = torch.randn(out.shape, generator=draw, dtype=torch.float64)
+            size = out.shape[-1] if out.dim() > 1 else 1  # (n,) is one output for each sample
+            way = way if out.dim() > 1 else way[:, None]
+            if centered and size > 1:
+                way, size = way - way.mean(-1, keepdim=True), size - 1
+            way = way * (size**0.5 / way.norm(dim=-1, keepdim=True))
+            total = total + (way.view(out.shape).to(out) * out).sum() / len(out)
         return total
 
     return projection

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from secateurs.batches import check_iterable, iterate, model_device, to_device
 from secateurs.distributed import Group, Ranks, assert_same, is_sharded
@@ -20,6 +21,11 @@ __all__ = ["agree", "check_group", "shared_batches"]
 def check_group(model: nn.Module, ranks: Ranks, resume: str | Path | None) -> None:
     """Refuse what one process cannot do with others, or without them.
 
+    Args:
+        model: as it was given, wrapped or not.
+        ranks: of the group that was asked for.
+        resume: the file of an unfinished pass.
+
     Raises:
         ConfigError: it cannot.
     """
@@ -27,6 +33,13 @@ def check_group(model: nn.Module, ranks: Ranks, resume: str | Path | None) -> No
         raise ConfigError(
             'the parameters of this model are sharded over several processes: give group="world"'
         )
+    if ranks.group is None and isinstance(model, DistributedDataParallel):
+        others = model.process_group.size()
+        if others > 1:
+            raise ConfigError(
+                f"this model is trained by {others} processes, and each would score its own part "
+                'of the data: give group="world", or the plain module to score by yourself'
+            )
     if ranks.size > 1 and resume is not None:
         raise ConfigError(
             "resume= keeps the unfinished pass of one process; leave it away with group="
