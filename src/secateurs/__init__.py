@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from secateurs.posttraining import prune_layerwise as prune_layerwise
     from secateurs.posttraining import recalibrate_norms as recalibrate_norms
     from secateurs.posttraining import reconstruct as reconstruct
+    from secateurs.posttraining import search_masks as search_masks
     from secateurs.regrowth import Regrow as Regrow
     from secateurs.regrowth import regrow_masks as regrow_masks
     from secateurs.report.scores import plot_agreement as plot_agreement
@@ -108,6 +109,7 @@ _ROOMS = {
     "prune_layerwise": "posttraining",
     "recalibrate_norms": "posttraining",
     "reconstruct": "posttraining",
+    "search_masks": "posttraining",
     "Regrow": "regrowth",
     "regrow_masks": "regrowth",
     "plot_agreement": "report.scores",
