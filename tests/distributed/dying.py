@@ -107,4 +107,6 @@ if __name__ == "__main__":  # by torchrun
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     run_and_die(Path(sys.argv[1]))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # on a busy machine torch's own threads may abort a process that is ending
