@@ -105,7 +105,7 @@ def test_a_dry_run_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(*_: Any, **__: Any) -> None:
         raise AssertionError("training")
 
-    monkeypatch.setattr("secateurs.runner.dense_checkpoint", trained)
+    monkeypatch.setattr("secateurs.runner.problem.dense_checkpoint", trained)
     recipe = parse_recipe(TASK)
     found = load_problem(recipe, train=False)
     assert set(check_recipe(recipe, found).units) == {"layers.0:neuron", "layers.2:neuron"}

@@ -33,7 +33,7 @@ from tests.checkpoints.scenarios import SCENARIOS
 
 ROOMS = tuple(
     str(Path(secateurs.__file__).parent / room)
-    for room in ("checkpoints", "finetuning", "pipeline", "runner.py", "surgery/files.py")
+    for room in ("checkpoints", "finetuning", "pipeline", "runner", "surgery/files.py")
 )
 COUNTED = {"lines": 0}
 

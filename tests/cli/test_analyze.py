@@ -117,7 +117,7 @@ def test_a_recipe_and_a_task(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something is trained")
 
-    monkeypatch.setattr("secateurs.runner.dense_checkpoint", refuse)
+    monkeypatch.setattr("secateurs.runner.problem.dense_checkpoint", refuse)
     code, out, err = run("own.yaml")
     assert code == 0, err
     assert out.startswith("own\n\ngroup")

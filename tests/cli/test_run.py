@@ -80,8 +80,8 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something expensive has begun")
 
-    monkeypatch.setattr("secateurs.runner.dense_checkpoint", refuse)
-    monkeypatch.setattr("secateurs.runner.prune_stages", refuse)
+    monkeypatch.setattr("secateurs.runner.problem.dense_checkpoint", refuse)
+    monkeypatch.setattr("secateurs.runner.run.prune_stages", refuse)
 
 
 def files(folder: Path) -> dict[str, bytes]:

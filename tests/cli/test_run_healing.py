@@ -40,7 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_untrained_network_is_pruned_and_learns(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("secateurs.runner.dense_checkpoint", None)  # nothing is trained before
+    target = "secateurs.runner.problem.dense_checkpoint"  # nothing is trained before
+    monkeypatch.setattr(target, None)
     done = call("run", f"{name}.yaml", "--out", "out", "--tensorboard", "board", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)

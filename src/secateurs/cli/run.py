@@ -67,7 +67,6 @@ def run(
     from secateurs.checkpoints import Checkpoints
     from secateurs.cli.controls import compare, comparison
     from secateurs.cli.output import prints_to_stderr
-    from secateurs.errors import ConfigError
     from secateurs.recipe import read_recipe
     from secateurs.report import check_available
     from secateurs.report.data import Report
@@ -87,16 +86,7 @@ def run(
     where = out or Path("runs") / (f"{recipe.stem}-controls" if parsed.controls else recipe.stem)
     check_available()
     if parsed.controls:
-        if tensorboard is not None:
-            raise ConfigError(
-                "--tensorboard is for a single run: the curves of a comparison with controls would "
-                "lie on top of each other"
-            )
-        if resume:
-            raise ConfigError(
-                "--resume is for a single run: a comparison with controls goes on by itself when "
-                "the same command is given again without --force"
-            )
+        _single_only(tensorboard, resume)
         compare(parsed, base, where, dry_run=dry_run, force=force, as_json=as_json)
         return
     if dry_run:
@@ -125,6 +115,22 @@ def run(
         files = write_results(result, parsed, where, force=force or resume)
     show(result.report, as_json)
     tell(f"written: {', '.join(str(f) for f in files)}")
+
+
+def _single_only(tensorboard: Path | None, resume: bool) -> None:
+    """Refuse options that mean nothing for many runs."""
+    from secateurs.errors import ConfigError
+
+    if tensorboard is not None:
+        raise ConfigError(
+            "--tensorboard is for a single run: the curves of a comparison with controls would "
+            "lie on top of each other"
+        )
+    if resume:
+        raise ConfigError(
+            "--resume is for a single run: a comparison with controls goes on by itself when "
+            "the same command is given again without --force"
+        )
 
 
 @contextmanager

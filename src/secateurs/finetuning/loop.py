@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from secateurs.checkpoints import (
     set_random_state,
 )
 from secateurs.distributed import Group, ranks_of
-from secateurs.errors import ConfigError, ScoringError
+from secateurs.errors import ScoringError
 from secateurs.finetuning.clock import Clock, clock_of, lr_factor
 from secateurs.finetuning.config import EpochRow, Finetune, FinetuneResult
 from secateurs.finetuning.distillation import Distillation, taught_by
 from secateurs.finetuning.parts import Part, Training
+from secateurs.finetuning.record import Best, Record
 from secateurs.finetuning.resuming import Place, read_on, training_marks
 from secateurs.finetuning.sharing import Sharing
 from secateurs.finetuning.starting import build_optimizer, check_arguments, seeded
@@ -122,14 +123,11 @@ def finetune(
         >>> result.history[-1].train_loss < result.history[0].train_loss
         True
     """
-    check_arguments(model, batches, config, teacher, evaluate)
-    if recut is not None and config.patience is not None:
-        raise ConfigError("finetune: patience could stop before the last recut; leave it away")
     sharing = Sharing(model, ranks_of(group))
-    if checkpoint is not None and sharing.ranks.size > 1:
-        raise ConfigError(
-            "finetune: checkpoint= is written by one process; several write save_sharded"
-        )
+    check_arguments(
+        model, batches, config, teacher, evaluate, cuts=recut is not None,
+        leaves=checkpoint is not None, n_processes=sharing.ranks.size,
+    )  # fmt: skip
     clock = clock_of(config, sharing.counted(batches))
     optimizer = optimizer or build_optimizer(model, config)
     before = snapshot(model)
@@ -207,13 +205,9 @@ class _Loop:
     place: Place = field(default_factory=Place)
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
-    stopped_early: bool = False
-    best: EpochRow | None = None
-    best_state: dict[str, Tensor] | None = None
-    best_masks: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.history: list[EpochRow] = []
+        self.record = Record(self.config, self.maximize)
         self.base_lrs = [group["lr"] for group in self.groups]
         self.trained = [p for group in self.groups for p in group["params"]]
 
@@ -226,8 +220,8 @@ class _Loop:
         """Train; yield a row after each pass."""
         config = self.config
         last, last_step = config.n_epochs, config.steps
-        while not self.stopped_early and self.optimizer is not None:
-            epoch = len(self.history) + 1
+        while not self.record.impatient and self.optimizer is not None:
+            epoch = len(self.record.rows) + 1
             if (last is not None and epoch > last) or self.steps == last_step:
                 return
             self.set_lr()
@@ -236,7 +230,7 @@ class _Loop:
             loss = self._pass(batches, epoch, self.optimizer)
             self.sharing.check_finite(self.trained, epoch)
             row = EpochRow(epoch, loss, self._metric(epoch), self.place.lr)
-            self._note(row)
+            self.record.note(row, self.model, self.held)
             self.place = Place()
             yield row
 
@@ -298,11 +292,7 @@ class _Loop:
             "optimizer": self.optimizer.state_dict() if self.optimizer else {},
             "base_lrs": self.base_lrs,
             "steps": self.steps,
-            "history": [asdict(row) for row in self.history],
-            "best": asdict(self.best) if self.best else None,
-            "best_state": self.best_state,
-            "best_masks": self.best_masks,
-            "stopped_early": self.stopped_early,
+            "record": self.record.state(),
             "place": self.place.state(),
             "parts": [part.state() for part in self.parts],
             "random": random_state(batches),
@@ -320,10 +310,7 @@ class _Loop:
         if self.optimizer is not None:
             load_optimizer_(self.optimizer, saved["optimizer"])
         self.base_lrs, self.steps = saved["base_lrs"], saved["steps"]
-        self.history = [EpochRow(**row) for row in saved["history"]]
-        self.best = EpochRow(**saved["best"]) if saved["best"] else None
-        self.best_state, self.stopped_early = saved["best_state"], saved["stopped_early"]
-        self.best_masks = saved["best_masks"]
+        self.record.load(saved["record"])
         self.place = Place(**saved["place"])
         for part, held in zip(self.parts, saved["parts"], strict=True):
             part.load(held)
@@ -349,7 +336,7 @@ class _Loop:
             assert self.held is not None
             self.sharing.same(larger)
             self.held.grow(larger)
-            self.best, self.best_state = None, None  # they belong to a larger network
+            self.record.best = None  # it belongs to a larger network
 
     def _step(self, optimizer: Optimizer) -> None:
         self.set_lr()
@@ -380,40 +367,24 @@ class _Loop:
             raise ScoringError(f"epoch {epoch}: evaluate returned {metric}")
         return metric
 
-    def _note(self, row: EpochRow) -> None:
-        """Record an epoch; keep the best one; see whether patience has run out."""
-        self.history.append(row)
-        if row.metric is None:
-            return
-        sign = 1 if self.maximize else -1
-        best = -math.inf if self.best is None else sign * (self.best.metric or 0.0)
-        if self.best is None or sign * row.metric > best:
-            self.best = row
-            if self.config.restore_best:
-                self.best_state = snapshot(self.model)
-                self.best_masks = self.held.masks if self.held else None
-        patience = self.config.patience
-        self.stopped_early = patience is not None and row.epoch - self.best.epoch >= patience
-
     def finish(self) -> None:
         """Load the best weights if asked; without any epoch, evaluate the model as it is."""
-        if self.best_state is not None:
-            if self.parts and self.held is not None and self.best_masks is not None:
-                self.held.replace(self.best_masks)  # parts may have moved them since
-            restore_(self.model, self.best_state)
-        if not self.history and self.evaluate is not None:
-            self.best = EpochRow(0, math.nan, self._metric(0), 0.0)
+        record = self.record
+        record.give_back(self.model, self.held)
+        if not record.rows and self.evaluate is not None:
+            record.best = Best(EpochRow(0, math.nan, self._metric(0), 0.0), None, {})
 
     def result(self, seconds: float) -> FinetuneResult:
         """What is told to the caller."""
-        best, last = self.best, self.history[-1] if self.history else self.best
+        rows, best = self.record.rows, self.record.best
+        last = rows[-1] if rows else best.row if best else None
         return FinetuneResult(
-            history=tuple(self.history),
-            best_metric=best.metric if best else None,
-            best_epoch=best.epoch if best else None,
+            history=tuple(rows),
+            best_metric=best.row.metric if best else None,
+            best_epoch=best.row.epoch if best else None,
             final_metric=last.metric if last else None,
             steps=self.steps,
-            stopped_early=self.stopped_early,
+            stopped_early=self.record.impatient,
             seconds=seconds,
             masks=self.held.masks if self.held else {},
         )

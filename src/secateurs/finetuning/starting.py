@@ -23,8 +23,18 @@ def check_arguments(
     config: Finetune,
     teacher: nn.Module | Distillation | None,
     evaluate: Evaluate | None,
+    *,
+    cuts: bool,
+    leaves: bool,
+    n_processes: int,
 ) -> None:
-    """Raise one error for all arguments that contradict each other."""
+    """Raise one error for all arguments that contradict each other.
+
+    Args:
+        cuts: whether more is removed on the way.
+        leaves: whether checkpoints are written.
+        n_processes: that train together.
+    """
     problems = []
     if config.distills and teacher is None:
         given = f"distill={config.distill:g}" if config.distill else f"hidden={config.hidden:g}"
@@ -35,6 +45,10 @@ def check_arguments(
         problems.append("teacher is the model itself: give copy.deepcopy of the dense model")
     if evaluate is None and (config.patience is not None or config.restore_best):
         problems.append("patience and restore_best need evaluate=")
+    if cuts and config.patience is not None:
+        problems.append("patience could stop before the last recut; leave it away")
+    if leaves and n_processes > 1:
+        problems.append("checkpoint= is written by one process; several write save_sharded")
     if problems:
         raise ConfigError("finetune: " + "; ".join(problems))
     if isinstance(batches, Iterator):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from secateurs.bars import Progress
@@ -23,7 +22,7 @@ from secateurs.finetuning import (
     restore_,
     snapshot,
 )
-from secateurs.latency import LatencyTable, fit_latency, measure_table
+from secateurs.latency import LatencyTable, fit_latency
 from secateurs.masks import apply_masks_
 from secateurs.pipeline.onlooking import Onlooker, length
 from secateurs.pipeline.points import Point, Ranking
@@ -57,8 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Point", "Ranking", "Run"]
 
-DOUBT = 0.1
-"""How wrong a table may be about the smallest model before a latency is called out of reach."""
 Recut = Callable[[int], Mapping[str, Tensor] | None]
 
 
@@ -248,35 +245,6 @@ class Run:
             return replace(stage.fewest(ranking.scores, self.plan), asked=asked)
         self.notes.append(f"latency: {fit.text()}")
         return fit.counts
-
-    def measure_widths(self, stage: Stage) -> None:
-        """Measure what widths cost here, if the stage limits the time of a call."""
-        self.table = None
-        if not stage.wants_latency:
-            return
-        self.tell("measure the latency of widths")
-        self.table = table = measure_table(
-            self.model, self.graph, self.example_inputs, granularity=stage.granularity,
-            round_to=stage.round_to,
-        )  # fmt: skip
-        assert isinstance(stage.budget, Budget)
-        asked = stage.budget.latency_ms
-        assert asked is not None
-        if asked >= table.dense_ms:
-            raise BudgetError(
-                f"{given(stage.budget)}: a call of the dense model takes {table.dense_ms:.4g} ms "
-                "here (1 thread, the example inputs): it is within the budget already"
-            )
-        targets = self.graph.select(stage.granularity)
-        blank = Scores(self.graph, {t.name: torch.zeros(t.n_units) for t in targets}, "")
-        self.least_ms = table.ms(stage.fewest(blank, self.plan).kept)
-        if self.least_ms > asked * (1 + DOUBT) and not stage.allow_missed:
-            raise BudgetError(
-                f"{given(stage.budget)}: a call of the dense model takes {table.dense_ms:.4g} ms "
-                f"here, and about {self.least_ms:.4g} ms remain when every target keeps its fewest "
-                "units: the rest does not depend on widths. Ask for more, prune more kinds of "
-                "units, or take the nearest with allow_missed=True"
-            )
 
     @property
     def dense_ms(self) -> float:

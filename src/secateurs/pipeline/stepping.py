@@ -25,6 +25,7 @@ from secateurs.pipeline.resolving import AUTO_MARGIN, resolve_budget
 from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
 from secateurs.pipeline.walk import End, Walk
+from secateurs.pipeline.widths import measure_widths
 from secateurs.surgery import shrink
 from secateurs.surgery.shrinking import info_of
 from secateurs.tickets import Ticket, find_ticket, train_ticket
@@ -62,7 +63,7 @@ def cut_stage(run: Run, number: int, stage: Stage) -> None:
     samples = run.samples_of(stage)
     if not run.enters_again:
         run.started = 0 if run.plan is None else run.plan.n_removed, len(run.steps)
-        run.measure_widths(stage)
+        measure_widths(run, stage)
     before, started = run.started
     if stage.wants_drop:
         walk: Walk = Descent(run, stage, samples, margin=margin)
