@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import ConfigError
+from secateurs.errors import ConfigError, SoundnessError
 from secateurs.finetuning import Finetune, Part, Training, finetune
 
 BATCHES = [(torch.ones(2, 3), torch.zeros(2, 1)), (2 * torch.ones(1, 3), torch.ones(1, 1))]
@@ -94,3 +94,22 @@ def test_only_the_first_of_several_metrics_has_to_be_a_number() -> None:
         evaluate = lambda model, answer=answer: answer  # noqa: E731
         with pytest.raises(ConfigError, match="must return a number, or a dict whose first"):
             finetune(layer, BATCHES, loss, config, evaluate=evaluate)
+
+
+def test_a_part_that_brings_a_removed_weight_back_is_found_where_it_happens() -> None:
+    class Leak(Part):
+        def start(self, training: Training) -> None:
+            self.weight = training.model.get_parameter("weight")
+
+        def begin(self, steps: int) -> None:
+            if steps == 1:
+                self.weight.data[0, 2] = 1.0
+
+    def train(check_every: int | None) -> int:
+        config = Finetune(epochs=3, check_every=check_every)
+        loss = nn.functional.mse_loss
+        return finetune(nn.Linear(3, 1), BATCHES, loss, config, masks=MASK, parts=[Leak()]).steps
+
+    with pytest.raises(SoundnessError, match="weight"):
+        train(check_every=1)
+    assert train(check_every=None) == 6  # zeroed by the next step: nothing is left at the end

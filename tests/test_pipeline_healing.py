@@ -364,3 +364,13 @@ def test_the_bar_knows_how_long_it_takes_when_epochs_are_slow() -> None:
         left[period] = shown.tasks[0].time_remaining
     assert left[30.0] is None
     assert left[float("inf")] == 8 * 3600
+
+
+def test_a_step_that_removes_nothing_has_nothing_to_repair() -> None:
+    result = run(
+        mlp(), budget=Budget(units=22), criterion="l2_norm", schedule=Schedule("linear", 6),
+        repair=("reconstruct",), round_to=1,
+    )  # fmt: skip
+    repaired = [note for note in result.report.notes if note.startswith("after cut")]
+    assert result.plan.n_removed == 2
+    assert len(repaired) == 2

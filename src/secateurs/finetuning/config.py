@@ -59,6 +59,8 @@ class Finetune:
             as much as a student whose hidden states are all zero. See `hidden_loss`.
         hidden_at: names or globs of the modules whose inputs are compared; None = all that read
             units, see `hidden_points`.
+        check_every: look every so many steps whether something that was cut leaked, at least 1;
+            None = at the end only. See `hold_masks`.
 
     Raises:
         ConfigError: lists every field that is out of range.
@@ -92,6 +94,7 @@ lr must be above 0, got -1
     cycles: int = 1
     hidden: float = 0.0
     hidden_at: tuple[str, ...] | None = None
+    check_every: int | None = None
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -100,6 +103,7 @@ lr must be above 0, got -1
         choose(self.lr_schedule, LR_SCHEDULES, "lr_schedule")
         rules: list[tuple[str, str, Callable[[Any], bool]]] = [
             ("accumulate", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
+            ("check_every", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
             ("clip_norm", "above 0", lambda v: v > 0),
             ("cycles", "a whole number, at least 1", lambda v: isinstance(v, int) and v >= 1),
             ("distill", "in [0, 1]", lambda v: 0 <= v <= 1),

@@ -156,7 +156,9 @@ def finetune(
             stack.enter_context(in_mode(model, training=True))
             if taught is not None:
                 stack.enter_context(taught)
-            loop.held = stack.enter_context(hold_masks(model, optimizer, masks or {}))
+            loop.held = stack.enter_context(
+                hold_masks(model, optimizer, masks or {}, check_every=config.check_every)
+            )
             if optimizer is not None:
                 for part in loop.parts:
                     part.start(Training(model, optimizer, loop.held, clock.n_steps))

@@ -153,7 +153,7 @@ class Rounds(Walk):
             self.end = self.end or (ranking, unchanged(stage, ranking, self.good))
             _stop_guarded(run, stage, self.step, told)
             return False
-        self.end, self.fresh = self.fresh, None
+        self.end, self.fresh, self.before = self.fresh, None, None
         return True
 
     def train(self) -> tuple[float | None, float | None]:

@@ -77,7 +77,9 @@ class Walk(ABC):
     def take(self, ranking: Ranking, counts: Counts, *, must: bool) -> None:
         """Select and zero what goes, and repair what can be repaired without training."""
         run, regrow = self.run, self.stage.regrow
+        gone = 0 if run.plan is None else run.plan.n_removed
         if regrow is not None and RULES[regrow.rule].dense:
             self.before = snapshot(run.work)
         run.take(ranking, counts, must=must)
-        repair(run, self.stage)
+        if run.cut_plan.n_removed > gone:
+            repair(run, self.stage)
