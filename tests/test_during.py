@@ -151,6 +151,7 @@ def test_accumulation_and_skipped_steps_do_not_count() -> None:
         model, sgd, n_steps=2, budget=Budget(units=0.5), criterion="l2_norm", example_inputs=X,
         schedule=Schedule("one_shot", 1, every="1 step", begin="1 step"),
     ) as cuts:  # fmt: skip
+        seen = []
         for wrong in (float("inf"), 1.0, 1.0):
             for inputs, targets in BATCHES[:2]:
                 loss = F.cross_entropy(model(inputs), targets) * wrong
@@ -158,8 +159,8 @@ def test_accumulation_and_skipped_steps_do_not_count() -> None:
             scaler.step(sgd)
             scaler.update()
             sgd.zero_grad()
-            assert cuts.steps == 0 or cuts.plan is not None
-    assert cuts.steps == 2
+            seen.append((cuts.steps, cuts.plan is not None))
+    assert seen == [(0, False), (1, True), (2, True)]
 
 
 def test_a_threshold_that_would_remove_all_that_is_left_stops() -> None:

@@ -92,14 +92,23 @@ def test_masks_that_moved_are_those_of_the_plan(rule: str) -> None:
 
 
 def test_the_best_epoch_has_the_masks_of_its_own_time() -> None:
-    calls = iter([0.5, 0.5, 0.9, *[0.1] * 20])
-    result = run(
-        mlp(), budget=Budget(params=0.3), evaluate=lambda m: next(calls),
-        finetune=Finetune(epochs=8, lr=0.02, restore_best=True),
-        regrow=Regrow("set", every=4, until=1.0), **WEIGHTS,
-    )  # fmt: skip
+    """Of eight epochs the first was the best: all is as after a training of one."""
+
+    def after(epochs: int, best: bool) -> Any:
+        calls = iter([0.5, 0.5, 0.9, *[0.1] * 20])
+        return run(
+            mlp(), budget=Budget(params=0.3), evaluate=lambda m: next(calls),
+            finetune=Finetune(epochs=epochs, lr=0.02, restore_best=best),
+            regrow=Regrow("set", every=3, until=1.0, curve="constant"), **WEIGHTS,
+        )  # fmt: skip
+
+    result, one, last = after(8, True), after(1, False), after(8, False)
     for name, mask in result.plan.masks.items():
-        assert not dict(result.masked.named_parameters())[name][~mask].any()
+        weight = result.masked.get_parameter(name)
+        assert torch.equal(mask, one.plan.masks[name])
+        assert torch.equal(weight, one.masked.get_parameter(name))
+        assert not torch.equal(mask, last.plan.masks[name])
+        assert not weight[~mask].any()
 
 
 def test_weights_that_moved_and_then_structure() -> None:

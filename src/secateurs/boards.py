@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from secateurs.errors import ConfigError, MissingDependencyError
 from secateurs.finetuning import EpochRow, Part, Training
-from secateurs.masks import model_sparsity, named_tensors
-from secateurs.masks.sets import validate
+from secateurs.masks import model_sparsity
+from secateurs.masks.sets import by_tensor
 from secateurs.types import Graph, GroupTarget, Plan
 
 __all__ = ["BoardLog"]
@@ -28,8 +28,8 @@ class BoardLog(Part):
 
     Written are, over the optimizer steps of all trainings in a row: learning rate and norm of the
     gradient at every step; train loss and metric after every epoch; the share of zeros, and
-    histograms of weights and gradients (kept entries only), every `every` steps; after each cut
-    the units left in each layer.
+    histograms of weights and gradients (kept and finite entries only), every `every` steps; after
+    each cut the units left in each layer.
 
     Args:
         folder: made when the first value is written.
@@ -73,7 +73,7 @@ class BoardLog(Part):
         norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
         self._scalar("train/gradient norm", norm.item())
         if steps % self.every == 0:
-            masks = _masks_of(self._training)
+            masks = by_tensor(self._training.model, self._training.held.masks)
             for name, parameter in trained.items():
                 self._histogram(f"gradients/{name}", parameter.grad, masks.get(id(parameter)))
 
@@ -84,7 +84,7 @@ class BoardLog(Part):
         self._scalar("train/learning rate", float(optimizer.param_groups[0]["lr"]))
         if (steps - 1) % self.every == 0:
             self._scalar("pruning/zeros", model_sparsity(model))
-            masks = _masks_of(self._training)
+            masks = by_tensor(self._training.model, self._training.held.masks)
             for name, parameter in model.named_parameters():
                 self._histogram(f"weights/{name}", parameter, masks.get(id(parameter)))
         self._now = self._before + steps
@@ -126,24 +126,14 @@ class BoardLog(Part):
         self._open().add_scalar(name, value, self._now)
 
     def _histogram(self, name: str, tensor: Tensor | None, mask: Tensor | None) -> None:
-        """Of the entries that are kept; none left gives none."""
+        """Of the finite entries that are kept; none left gives none."""
         assert tensor is not None
         values = tensor.detach().float().to_dense() if tensor.is_sparse else tensor.detach().float()
         if mask is not None:
-            values = values[mask.to(values.device)]
+            values = values[mask]
         values = values[torch.isfinite(values)]
         if values.numel():
             self._open().add_histogram(name, values.cpu(), self._now)
-
-
-def _masks_of(training: Training) -> dict[int, Tensor]:
-    """Id of a parameter -> its mask, under whichever names masks are held (DDP, tied weights)."""
-    held, found = training.held.masks, dict[int, Tensor]()
-    tensors, full = named_tensors(training.model), validate(training.model, held)
-    for name, mask in held.items():
-        key = id(tensors[full[name]])
-        found[key] = found[key] & mask if key in found else mask
-    return found
 
 
 def _writer_class() -> Any:

@@ -3,6 +3,7 @@
 write_tensors(path, tensors, texts)
 read_tensors(path) -> tensors, texts
 as_bytes(tensor) -> its bytes, for files, hashes and collectives
+flush(path) on the disk, whatever happens to the machine
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from secateurs.errors import FileFormatError
 
-__all__ = ["as_bytes", "read_tensors", "write_tensors"]
+__all__ = ["as_bytes", "flush", "read_tensors", "write_tensors"]
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -34,6 +35,17 @@ def as_bytes(tensor: Tensor) -> Tensor:
     if flat.stride(0) != 1:  # a single entry counts as contiguous whatever its stride
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8)
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file or the names in a folder on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows does it by itself
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_tensors(

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from secateurs.criteria import CRITERIA, Criterion, get_criterion
 from secateurs.errors import ConfigError
+from secateurs.masks.states import parameters_of, skips
 from secateurs.statistics import Job, Sums, check_fits, make_job
 from secateurs.statistics.ablation import same_name
 from secateurs.statistics.gradients import finite_gradient
@@ -75,7 +76,7 @@ class Watching(Generic[Found]):
 
     def look(self) -> None:
         """Take in one step: called just before the weights change."""
-        if self._skipped():
+        if skips(self._optimizer):
             return
         scale = getattr(self._optimizer, "grad_scale", None)
         trained = self._trained()
@@ -93,14 +94,9 @@ class Watching(Generic[Found]):
                 FOLDS[need].fold(sums, name, full_precision(p), g, job.criterion.options)
         self.steps += 1
 
-    def _skipped(self) -> bool:
-        """Whether a gradient scaler makes a fused optimizer leave this step out."""
-        found = getattr(self._optimizer, "found_inf", None)
-        return found is not None and bool(found)
-
     def _trained(self) -> set[str]:
         """Names of the parameters that the optimizer trains."""
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        held = parameters_of(self._optimizer)
         return {self._names[name] for name, p in self._params.items() if id(p) in held}
 
     def _read(self, job: Job) -> list[str]:

@@ -68,6 +68,15 @@ def test_one_process_goes_on_from_a_checkpoint_of_four(kind: str, folders: dict[
         assert torch.allclose(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_the_newest_is_the_last_by_name(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    for name in ("step-100", "step-20", "step-3", "step-101.part"):  # in the order of writing
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").touch()
+    (tmp_path / "step-200").mkdir()  # not complete
+    assert newest(tmp_path) == tmp_path / "step-100"
+
+
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     assert launch(run_and_die, 2, tmp_path, timeout=20, limit=60) == [1, -9]
     said = (tmp_path / "0.error").read_text()

@@ -116,8 +116,8 @@ def test_a_trainer_without_an_end_is_refused(tmp_path: Path) -> None:
         trainer(Pruning("net", **OPTIONS), tmp_path, epochs=-1).fit(Classifier(), loader())
 
 
-def test_the_peer_trains_on_what_it_pruned_last_and_renames_the_state(tmp_path: Path) -> None:
-    """What Lightning's own callback does: names change, and the optimizer holds the dense ones."""
+def test_the_peer_renames_the_state_and_we_do_not(tmp_path: Path) -> None:
+    """The peer is Lightning's own callback, while its training lasts."""
     from lightning.pytorch.callbacks import ModelPruning
 
     model = Classifier()

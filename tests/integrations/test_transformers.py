@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,3 +161,41 @@ def test_accelerate_needs_nothing_of_its_own(tmp_path: Path) -> None:
     resumed = train(4, tmp_path / "half", start=2)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     assert sum(int((v == 0).sum()) for v in whole.values()) == 114 - int(0.4 * 114)
+
+
+def begin(pruning: Pruning, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """As the `Trainer` does at the start of a training."""
+    arguments: Any = SimpleNamespace(
+        gradient_accumulation_steps=1, world_size=1, output_dir="", resume_from_checkpoint=None
+    )
+    state: Any = SimpleNamespace(max_steps=12, global_step=0)
+    loader = DataLoader(Rows(), batch_size=8, shuffle=True)
+    control: Any = None
+    pruning.on_train_begin(
+        arguments, state, control, model=model, optimizer=optimizer, train_dataloader=loader
+    )
+
+
+def test_the_batches_that_are_kept_do_not_change_those_that_are_read() -> None:
+    model = bert()
+    pruning = Pruning(2, budget=Budget(macs=0.6), criterion="taylor", schedule=SCHEDULE)
+    before = torch.get_rng_state()
+    begin(pruning, torch.optim.SGD(model.parameters(), lr=0.1), model)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_training_after_one_that_has_failed_begins_anew() -> None:
+    model = bert()
+    pruning = Pruning(2, budget=Budget(macs=0.6), criterion="taylor", schedule=SCHEDULE)
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    begin(pruning, first, model)
+    assert first._optimizer_step_post_hooks
+    begin(pruning, second, model)  # nobody has called on_train_end
+    assert not first._optimizer_step_post_hooks
+    assert second._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("n", [0, 1.5, True])
+def test_a_wrong_number_of_batches_is_refused(n: Any) -> None:
+    with pytest.raises(ConfigError, match="n_batches must be a whole number"):
+        Pruning(n)

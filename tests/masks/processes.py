@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from secateurs.errors import SoundnessError
 from secateurs.masks import check_masks, hold_masks
+from tests.masks.nets import adam
 
 N = 4  # samples of each process
 
@@ -28,10 +29,6 @@ def net() -> nn.Sequential:
 def masks(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {n: torch.rand(p.shape, generator=generator) < 0.6 for n, p in model.named_parameters()}
-
-
-def adam(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
 
 
 def batch(step: int) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
-from torch.optim import Optimizer
 
 from secateurs.masks import HeldMasks, combine, hold_masks
 from tests.masks.trainings import (
@@ -24,6 +23,7 @@ from tests.masks.trainings import (
     assert_same,
     averages_of,
     loss_of,
+    step_of,
 )
 
 SHAPES = {name: tuple(p.shape) for name, p in Net().named_parameters()}
@@ -71,18 +71,10 @@ class Pair:
 
     def step(self, seed: int) -> None:
         for optimizer in self.optimizers:
-            if isinstance(optimizer, optim.LBFGS):
-
-                def again(optimizer: Optimizer = optimizer) -> float:
-                    optimizer.zero_grad()
-                    return self.backward(seed).item()
-
-                optimizer.step(again)  # type: ignore[no-untyped-call]
-            elif not any(p.grad is not None for p in self.model.parameters()):
+            lbfgs = isinstance(optimizer, optim.LBFGS)
+            if not lbfgs and all(p.grad is None for p in self.model.parameters()):
                 self.backward(seed)
-                optimizer.step()
-            else:
-                optimizer.step()
+            step_of(optimizer, lambda: self.backward(seed))
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

@@ -11,24 +11,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from secateurs.errors import ConfigError, SoundnessError
 from secateurs.masks import apply_masks_, check_masks, hold_masks
+from tests.masks.nets import TwoLayers
 
 MASKS = {"first.weight": torch.tensor([[True, False], [False, True]])}
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(2, 2)
-        self.last = nn.Linear(2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(torch.tanh(self.first(x)))
-        return out
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
+def net() -> TwoLayers:
+    return TwoLayers(2, 2, 1)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateurs.errors import ConfigError, SoundnessError
 from secateurs.masks import check_masks, hold_masks
-
-
-def masks(*kept: int) -> dict[str, Tensor]:
-    """Of one row of four weights."""
-    mask = torch.zeros(1, 4, dtype=torch.bool)
-    mask[0, list(kept)] = True
-    return {"weight": mask}
-
-
-def layer() -> nn.Linear:
-    torch.manual_seed(0)
-    return nn.Linear(4, 1)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    torch.autograd.backward(model(torch.arange(1.0, 9.0).reshape(2, 4)).square().sum())
-    optimizer.step()
+from tests.masks.nets import row as layer
+from tests.masks.nets import row_masks as masks
+from tests.masks.nets import train_row as train
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])

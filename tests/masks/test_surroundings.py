@@ -16,22 +16,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from secateurs.masks import check_masks, hold_masks
+from tests.masks.nets import TwoLayers, adam
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 6)
-        self.last = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(torch.tanh(self.first(x)))
-        return out
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
+def net() -> TwoLayers:
+    return TwoLayers(4, 6, 2)
 
 
 def masks() -> dict[str, Tensor]:
@@ -44,10 +33,6 @@ def masks() -> dict[str, Tensor]:
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
 Y = torch.tensor([0, 1, 1])
-
-
-def adam(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
 
 
 def loss_of(model: Callable[[Tensor], Tensor]) -> Tensor:

@@ -100,6 +100,19 @@ OPTIMIZERS: dict[str, Build] = {
 }
 
 
+def step_of(optimizer: Optimizer, backward: Callable[[], Tensor]) -> None:
+    """One step; L-BFGS computes loss and gradients as often as it likes."""
+    if not isinstance(optimizer, optim.LBFGS):
+        optimizer.step()
+        return
+
+    def again() -> float:
+        optimizer.zero_grad()
+        return backward().item()
+
+    optimizer.step(again)  # type: ignore[no-untyped-call]
+
+
 def averages_of(model: nn.Module) -> list[AveragedModel]:
     """An exponential and an equal average."""
     decay = get_ema_multi_avg_fn(0.9)  # type: ignore[no-untyped-call]
@@ -179,15 +192,7 @@ class Textbook:
 
     def step(self, seed: int) -> None:
         for optimizer in self.optimizers:
-            if isinstance(optimizer, optim.LBFGS):
-
-                def again(optimizer: Optimizer = optimizer) -> float:
-                    optimizer.zero_grad()
-                    return self.backward(seed).item()
-
-                optimizer.step(again)  # type: ignore[no-untyped-call]
-            else:
-                optimizer.step()
+            step_of(optimizer, lambda: self.backward(seed))
             self._mask_rest()
 
     def average(self) -> None:

@@ -197,3 +197,13 @@ def test_misfits_are_named() -> None:
     other = sc.trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double(), x)
     with pytest.raises(ConfigError, match="the graph has no target fc1:neuron"):
         tune_scales_(model, net, plan, [(x, None)], graph=other)
+
+
+def test_no_error_is_told_where_nothing_was_tuned() -> None:
+    net, x = TwoLayers(), torch.randn(40, 3)
+    model, plan, graph = cut(net, {"fc1:neuron": [1]}, x)
+    won, scales = tune_scales_(model, net, plan, [(x, None)], graph=graph, bound=0.5)
+    assert not scales
+    assert "error" not in won.before
+    assert "error" not in won.after
+    assert any("is beyond 0.5, left" in note for note in won.notes)

@@ -106,6 +106,7 @@ def test_other_transformers(name: str) -> None:
     assert found.plan.n_removed
     small = sc.shrink(net, found.plan, inputs)
     sc.verify(net, small, found.plan, inputs)
+    assert len(set(found.notes)) == len(found.notes)
 
 
 def test_channels_of_convolutions() -> None:

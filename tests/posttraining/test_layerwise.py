@@ -287,3 +287,13 @@ def test_why_nothing_is_left_to_prune() -> None:
     net[1].weight = net[0].weight
     with pytest.raises(ConfigError, match=r"tied to 1\.weight"):
         prune_layerwise(net, [(torch.ones(2, 4), None)], density=0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tiny_layer_keeps_a_weight(
+    method: Literal["sparsegpt", "wanda", "magnitude"],
+) -> None:
+    net, x = nn.Linear(4, 1, bias=False), torch.randn(8, 4)
+    plan, _ = prune_layerwise(net, [(x, None)], density=0.1, method=method)  # 0.4 weights
+    assert int(plan.masks["weight"].sum()) == 1
+    assert int((net.weight != 0).sum()) == 1

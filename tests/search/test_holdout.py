@@ -63,6 +63,11 @@ def test_keys_are_equal_where_inputs_are_equal() -> None:
     assert sample_keys([(torch.ones(1, 1, 2), torch.zeros(1))]) != [three]
 
 
+def test_one_number_out_of_a_row_has_the_key_of_a_copy() -> None:
+    one = torch.tensor([[1.0, 2.0]])[:, ::2]  # of stride 2
+    assert sample_keys([(one, torch.zeros(1))]) == sample_keys([(one.clone(), torch.zeros(1))])
+
+
 def test_keys_cover_all_inputs_of_a_sample() -> None:
     def keys(mask: float) -> list[bytes]:
         inputs = {"ids": torch.tensor([[1, 2]]), "mask": torch.tensor([[mask, 1.0]])}

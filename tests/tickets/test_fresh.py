@@ -144,3 +144,12 @@ def test_errors_come_before_changes() -> None:
     with pytest.raises(ConfigError, match="unknown init"):
         reinitialise_sparse_(layer, {}, init="xavier")
     assert torch.equal(layer.weight, before)
+
+
+def test_a_wrapped_model_takes_the_names_of_the_plain_one() -> None:
+    net, mask = nn.Linear(4, 3), torch.eye(3, 4, dtype=torch.bool)
+    rows = reinitialise_sparse_(nn.DataParallel(net), {"weight": mask}, 5)
+    assert [row.done for row in rows] == ["scaled", "drawn"]
+    wrapped = net.weight.detach().clone()
+    reinitialise_sparse_(net, {"weight": mask}, 5)
+    assert wrapped.equal(net.weight)

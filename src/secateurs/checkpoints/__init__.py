@@ -7,7 +7,7 @@ own save what it needs: weights, optimizer, `random_state()`, counters. A run th
 checkpoint ends bit for bit where it would have ended, on a CPU with the same number of threads.
 """
 
-from secateurs.checkpoints.files import flush, read_state, write_state
+from secateurs.checkpoints.files import read_state, write_state
 from secateurs.checkpoints.interrupts import Interrupt, interrupts_wait
 from secateurs.checkpoints.keeping import Checkpoints, Keeper, Saved
 from secateurs.checkpoints.marks import (
@@ -22,6 +22,7 @@ from secateurs.checkpoints.marks import (
 )
 from secateurs.checkpoints.randomness import generators_of, random_state, set_random_state
 from secateurs.checkpoints.trees import flatten, restore
+from secateurs.tensorfiles import flush
 
 __all__ = [
     "UNREPEATABLE",

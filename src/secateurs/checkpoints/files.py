@@ -22,9 +22,9 @@ from torch import Tensor
 
 from secateurs.checkpoints.trees import flatten, restore
 from secateurs.errors import ConfigError, FileFormatError
-from secateurs.tensorfiles import as_bytes
+from secateurs.tensorfiles import as_bytes, flush
 
-__all__ = ["PART", "OtherFormatError", "flush", "read_state", "write_state"]
+__all__ = ["PART", "OtherFormatError", "read_state", "write_state"]
 
 PART = ".part"
 """Ending of a file that is being written."""
@@ -75,17 +75,6 @@ def write_state(path: Path, state: Any) -> None:
 def write(file: BinaryIO, piece: memoryview) -> None:
     """Write bytes to a file."""
     file.write(piece)
-
-
-def flush(path: Path) -> None:
-    """Have the system put a file or the names in a folder on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows does it by itself
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(part: Path) -> None:

@@ -2,7 +2,7 @@
 
     save_sharded(path, model, ...)    written beside `path`, renamed when all ranks are done
     load_sharded(path, model, ...)    with any number of ranks
-    newest(folder)                    the last one that is complete
+    newest(folder)                    the last one by name that is complete
 
 The format is that of torch.distributed.checkpoint, whose index is a pickle: load only checkpoints
 of your own. What goes to others is written by `secateurs.save`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from torch.optim import Optimizer
 from secateurs.distributed.groups import Group, is_dtensor, ranks_of
 from secateurs.distributed.same import assert_same
 from secateurs.errors import ConfigError, FileFormatError
+from secateurs.tensorfiles import flush
 
 __all__ = ["load_sharded", "newest", "save_sharded"]
 
@@ -94,7 +96,7 @@ def save_sharded(
         if ranks.rank == 0:
             _sync(part)
             os.replace(part, out)
-            _sync_directory(out.parent)
+            flush(out.parent)
     return out
 
 
@@ -138,10 +140,20 @@ def load_sharded(
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The complete checkpoint of a folder that was written last; None where there is none."""
+    """The complete checkpoint whose name comes last; None where there is none.
+
+    Numbers in names count as numbers: "step-100" comes after "step-20". When files were written is
+    not looked at: a copy of the folder may have lost it.
+    """
     home = Path(folder)
     found = [p.parent for p in home.glob("*/.metadata") if not p.parent.name.endswith(PART)]
-    return max(found, key=lambda p: ((p / ".metadata").stat().st_mtime_ns, p.name), default=None)
+    return max(found, key=lambda p: _in_order(p.name), default=None)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """What names are sorted by."""
+    parts = re.split(r"([0-9]+)", name)  # texts and numbers in turn
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 @contextmanager
@@ -201,17 +213,5 @@ def _check_fits(where: Path, weights: Mapping[str, Any], kinds: Mapping[str, Any
 def _sync(folder: Path) -> None:
     """Wait until the files are on the disk, so that the new name never stands for less."""
     for file in folder.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    _sync_directory(folder)
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(file)
+    flush(folder)

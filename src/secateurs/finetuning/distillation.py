@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
@@ -14,7 +15,13 @@ from torch.nn import functional
 from secateurs.batches import call_model, in_mode, tensors
 from secateurs.errors import CaptureError, ConfigError, DataError
 from secateurs.finetuning.config import Finetune
-from secateurs.finetuning.hidden import HiddenPoint, Recorder, hidden_loss, hidden_points
+from secateurs.finetuning.hidden import (
+    HiddenPoint,
+    Recorder,
+    hidden_loss,
+    hidden_points,
+    never_seen,
+)
 from secateurs.types import Graph, Inputs, LossFn, Plan
 
 __all__ = ["Distillation", "distillation", "distillation_loss", "taught_by"]
@@ -78,8 +85,21 @@ class Distillation:
         self._graph, self._at, self._plan = graph, hidden_at, plan
         self.points: tuple[HiddenPoint, ...] = ()
         self.plan = plan
+        if hidden and graph is not None and hidden_at is None:
+            self._tell_unseen(graph)
         self._entered = ExitStack()
         self._seen: tuple[Recorder, Recorder] | None = None
+
+    def _tell_unseen(self, graph: Graph) -> None:
+        """Warn of families that nobody named, and that are not compared."""
+        missing = never_seen(graph)
+        if missing:
+            warnings.warn(
+                f"hidden: {', '.join(missing)} cannot be seen from outside, so only these are "
+                f"compared: {', '.join(point.name for point in self.points)}. Name what is meant "
+                "by hidden_at=, or leave hidden away",
+                stacklevel=4,
+            )
 
     @property
     def plan(self) -> Plan | None:

@@ -23,7 +23,7 @@ from secateurs.errors import ConfigError, DataError
 from secateurs.statistics.hooks import Key, key_of, site_values
 from secateurs.types import Graph, GroupTarget, IntArray, Plan, Site
 
-__all__ = ["HiddenPoint", "Recorder", "hidden_loss", "hidden_points"]
+__all__ = ["HiddenPoint", "Recorder", "hidden_loss", "hidden_points", "never_seen"]
 
 
 Place = tuple[str, int, str, int]
@@ -98,6 +98,12 @@ def hidden_points(
         )
         for place, site in chosen.items()
     )
+
+
+def never_seen(graph: Graph) -> list[str]:
+    """Families whose units no module reads or makes in the open: they are never compared."""
+    groups = (t for t in graph.targets.values() if isinstance(t, GroupTarget))
+    return [t.name for t in groups if t.kind != "layer" and not t.sites]
 
 
 def _place(site: Site) -> Place:

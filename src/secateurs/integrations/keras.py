@@ -52,6 +52,7 @@ class Pruning(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Enter `prune_during` with the steps of `fit`."""
+        self._inside.close()  # of a training that an exception has ended
         per_epoch, epochs = self.params.get("steps"), self.params["epochs"]
         if per_epoch is None:
             raise ConfigError("fit does not know its number of batches: give steps_per_epoch=")

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from secateurs.checkpoints import read_state, write_state
+from secateurs.checkpoints import random_state, read_state, set_random_state, write_state
 from secateurs.during import Cuts, prune_during
-from secateurs.errors import ConfigError
+from secateurs.errors import ConfigError, DataError
 from secateurs.types import Plan
 
 __all__ = ["Pruning"]
@@ -38,11 +38,14 @@ class Pruning(TrainerCallback):
         plan: what was removed, for `shrink` after the training; None before the first cut.
 
     Raises:
-        ConfigError: when the training starts, as `prune_during`; or a checkpoint that was written
-            without this callback.
+        ConfigError: `n_batches` is below 1; when the training starts, as `prune_during`; or a
+            checkpoint that was written without this callback.
+        DataError: when the training starts, and there is no batch.
     """
 
     def __init__(self, n_batches: int = 8, **options: Any) -> None:
+        if isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 1:
+            raise ConfigError(f"n_batches must be a whole number, at least 1, got {n_batches!r}")
         self.n_batches, self.options = n_batches, options
         self.cuts: Cuts | None = None
         self._inside = ExitStack()
@@ -56,8 +59,13 @@ class Pruning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Enter `prune_during` with the trainer's model, optimizer and number of steps."""
+        self._inside.close()  # of a training that an exception has ended
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        before = random_state(loader)
         kept = [(dict(batch), None) for batch in islice(loader, self.n_batches)]
+        set_random_state(before, loader)  # the training reads what it would have read
+        if not kept:
+            raise DataError("the training data has no batch")
         inputs = {k: v for k, v in kept[0][0].items() if k not in ("labels", "label")}
         defaults: dict[str, Any] = {
             "batches": kept, "loss_fn": own_loss, "example_inputs": inputs,

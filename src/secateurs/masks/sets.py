@@ -13,6 +13,7 @@ from secateurs.errors import ConfigError
 
 __all__ = [
     "Masks",
+    "by_tensor",
     "combine",
     "model_sparsity",
     "named_tensors",
@@ -62,6 +63,19 @@ def validate(model: nn.Module, masks: Masks) -> dict[str, str]:
     if problems:
         raise ConfigError("masks do not fit the model:\n  " + "\n  ".join(problems))
     return {name: full[name] for name in masks}
+
+
+def by_tensor(model: nn.Module, masks: Masks) -> dict[int, Tensor]:
+    """Id of a tensor -> what the masks of all its names keep, on its device.
+
+    Raises:
+        ConfigError: as `validate`.
+    """
+    tensors, found = named_tensors(model), dict[int, Tensor]()
+    for name, full in validate(model, masks).items():
+        key, mask = id(tensors[full]), masks[name].to(tensors[full].device)
+        found[key] = found[key] & mask if key in found else mask
+    return found
 
 
 def _misfit(name: str, mask: Any, tensors: Mapping[str, Tensor], full: Mapping[str, str]) -> str:

@@ -12,18 +12,17 @@ hundred samples, no training.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from secateurs.allocation.problem import Latency
 from secateurs.allocation.rounding import RoundTo
 from secateurs.batches import check_batches, model_device
 from secateurs.errors import choose
+from secateurs.finetuning import restore_, snapshot
 from secateurs.masks import apply_masks_, named_tensors
 from secateurs.posttraining.fisher_costs import least_lost
 from secateurs.posttraining.fisher_gates import GateFisher, first_samples, gate_fisher
@@ -33,6 +32,7 @@ from secateurs.posttraining.reconstruction import reconstruct
 from secateurs.posttraining.scaling import tune_scales_
 from secateurs.posttraining.won import Won
 from secateurs.selection import select
+from secateurs.surgery.verification import copied
 from secateurs.types import Batch, Batches, Budget, Counts, Evaluate, Graph, LossFn, Plan, Scores
 
 __all__ = ["FisherMasks", "search_masks"]
@@ -129,7 +129,7 @@ def search_masks(
         choose(tune, ["weights", "scales"], "tune")
     check_batches(model, batches, loss_fn)
     held = first_samples(batches, n_samples, model_device(model))
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     run = _Run(model, dense, held, loss_fn, evaluate, progress, graph.outputs)
     with restoring(model):
         judge = run.judge()
@@ -147,9 +147,7 @@ def search_masks(
         if rearrange:
             plan = _rearranged(run, graph, fisher, counts, plan, shrink)
         scales = {} if tune is None else _tuned(run, graph, plan, tune, damping)
-    return FisherMasks(
-        plan, counts, fisher, scales, tuple(run.won), (*counts.notes, *fisher.notes, *run.notes)
-    )
+    return FisherMasks(plan, counts, fisher, scales, tuple(run.won), (*counts.notes, *run.notes))
 
 
 class _Run:
@@ -186,28 +184,20 @@ class _Run:
 
     def back(self, held: Mapping[str, Tensor], won: Won) -> None:
         """Put the model back as it was before a step that has lost."""
-        with torch.no_grad():
-            for name, tensor in named_tensors(self.model).items():
-                tensor.copy_(held[name])
+        restore_(self.model, held)
         self.notes.append(f"not taken, since the loss would be higher: {won.text()}")
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of all parameters and buffers."""
-        return {n: t.detach().clone() for n, t in named_tensors(self.model).items()}
 
 
 def _rearranged(
     run: _Run, graph: Graph, fisher: GateFisher, counts: Counts, plan: Plan, shrink: float | None
 ) -> Plan:
     """The plan with other units of the same numbers, and the model masked by it, if that wins."""
-    judge, before, dense = run.judge(), run.state(), named_tensors(run.dense)
+    judge, before = run.judge(), snapshot(run.model)
     stays = rearranged(fisher, counts.kept, shrink=shrink)
     values = {name: keep.float() for name, keep in stays.items()}
     scores = Scores(graph, values, "fisher masks", n_samples=fisher.n_samples)
     other = select(scores, counts)
-    with torch.no_grad():
-        for name, tensor in named_tensors(run.model).items():
-            tensor.copy_(dense[name])
+    restore_(run.model, named_tensors(run.dense))
     apply_masks_(run.model, other.masks)
     n = sum(int((keep & plan.gone(graph.targets[name])).sum()) for name, keep in stays.items())
     won = judge.won(run.model, "units rearranged", list(other.masks), (f"{n} units swapped",))
@@ -220,7 +210,7 @@ def _rearranged(
 
 def _tuned(run: _Run, graph: Graph, plan: Plan, tune: str, damping: float) -> dict[str, Tensor]:
     """Change what reads the kept units if that wins; the scales if it is scales that were tuned."""
-    before, scales = run.state(), dict[str, Tensor]()
+    before, scales = snapshot(run.model), dict[str, Tensor]()
     if tune == "scales":
         won, scales = tune_scales_(
             run.model, run.dense, plan, run.held, graph=graph, damping=damping,

@@ -54,7 +54,8 @@ def prune_layerwise(
         model: changed in place; on any exception it is as before.
         batches: re-iterable of `(inputs, targets)`; targets are not used.
         density: fraction in (0, 1] of the weights of each layer that may remain, of those that are
-            left so far; or one for each weight name, the others stay whole. Counts are exact.
+            left so far; or one for each weight name, the others stay whole. Counts are exact, and
+            at least one weight of each layer stays.
         method: see above.
         block: columns of which "sparsegpt" chooses together.
         damping: added to the diagonal of H, in units of its mean.
@@ -227,7 +228,8 @@ def _prune(
         masks[layer.weight] = full
     weight = layer.matrix(tensor.detach()).double().cpu().clone()
     left = layer.matrix(full)
-    keep = round(density * int(left.sum()))
+    n_left = int(left.sum())
+    keep = min(n_left, max(1, round(density * n_left)))  # a layer without weights says nothing
     new, mask = cutter(weight, found.gram, left, keep)
     plain, _ = _by_magnitude(weight, found.gram, left, keep)
     layer.place(tensor, new.to(tensor))

@@ -10,7 +10,7 @@ from secateurs.masks import named_tensors
 from secateurs.posttraining.cut import Cut
 from secateurs.posttraining.layers import Layer, layers_of, unread
 
-__all__ = ["left_out", "shared"]
+__all__ = ["left_out", "owner", "shared"]
 
 
 def left_out(dense: nn.Module, cut: Cut) -> list[str]:
@@ -19,14 +19,14 @@ def left_out(dense: nn.Module, cut: Cut) -> list[str]:
     known = {id(params.get(x.weight)) for x in layers_of(dense)}
     notes = []
     for name, mask in cut.masks.items():
-        owner = _owner(dense, name)
+        home = owner(dense, name)
         if name not in params or id(params[name]) in known or params[name].dim() < 2:
             continue
-        if isinstance(owner, nn.Embedding):  # it makes units, and reads none
+        if isinstance(home, nn.Embedding):  # it makes units, and reads none
             continue
         rows = mask.flatten(1)
         if bool((~rows & rows.any(1, keepdim=True)).any()):
-            notes.append(f"{name}: {unread(owner)}; left as it was cut")
+            notes.append(f"{name}: {unread(home)}; left as it was cut")
     return notes
 
 
@@ -41,12 +41,13 @@ def shared(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
         names.setdefault(id(tensor), []).append(name)
     found = {}
     for layer in layers:
-        owner = _owner(model, layer.weight)
-        others = [n for n in names[id(tensors[layer.weight])] if _owner(model, n) is not owner]
+        home = owner(model, layer.weight)
+        others = [n for n in names[id(tensors[layer.weight])] if owner(model, n) is not home]
         if others:
             found[layer.weight] = others[0]
     return found
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
+def owner(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds a tensor."""
     return model.get_submodule(name.rpartition(".")[0])

@@ -23,7 +23,7 @@ from secateurs.batches import (
     tensors,
 )
 from secateurs.errors import ConfigError, DataError, PruningError, ScoringError
-from secateurs.masks import named_tensors
+from secateurs.finetuning import restore_, snapshot
 from secateurs.posttraining.won import Won
 from secateurs.types import Batches, Evaluate, LossFn
 
@@ -33,13 +33,11 @@ __all__ = ["Judge", "restoring"]
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
     """Put parameters and buffers back if something fails inside."""
-    held = [(t, t.detach().clone()) for t in named_tensors(model).values()]
+    held = snapshot(model)
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for tensor, value in held:
-                tensor.copy_(value)
+        restore_(model, held)
         raise
 
 

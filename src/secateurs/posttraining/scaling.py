@@ -21,7 +21,7 @@ from secateurs.masks import named_tensors
 from secateurs.posttraining.cut import Cut
 from secateurs.posttraining.inputs import Moments, inputs_of, passes, quiet, watch_calls
 from secateurs.posttraining.layers import Call, Layer, layers_of, unread
-from secateurs.posttraining.lost import shared
+from secateurs.posttraining.lost import owner, shared
 from secateurs.posttraining.measuring import Judge, checked_finite, relative, restoring
 from secateurs.posttraining.won import Won
 from secateurs.types import Batches, Evaluate, Graph, GroupTarget, LossFn, Member, Plan
@@ -61,8 +61,8 @@ def tune_scales_(
         max_batches: use at most that many batches.
 
     Returns:
-        `Won`, whose "error" is the mean over the tuned layers of |y - y'| / |y|; and
-        {weight: (size,) factors along the dimension that reads}, 1 for what was not tuned.
+        `Won`, whose "error" is the mean over the tuned layers of |y - y'| / |y|, if there are
+        any; and {weight: (size,) factors along the dimension that reads}, 1 for what was not tuned.
 
     Raises:
         ConfigError: an option out of range; a plan, graph or models that do not fit each other.
@@ -97,9 +97,12 @@ def tune_scales_(
                     continue
                 scales[weight] = job.fold_(named_tensors(model)[weight], 1 + change)
                 errors.append(pair)
-        mean = [sum(pair[i] for pair in errors) / max(1, len(errors)) for i in (0, 1)]
+        known = None  # no layer was tuned, a note for each says why
+        if errors:
+            n = len(errors)
+            known = (sum(pair[0] for pair in errors) / n, sum(pair[1] for pair in errors) / n)
         notes += found.notes
-        won = judge.won(model, "kept units scaled", list(scales), notes, (mean[0], mean[1]))
+        won = judge.won(model, "kept units scaled", list(scales), notes, known)
     return won, scales
 
 
@@ -163,8 +166,8 @@ def _jobs(
             raise ConfigError(f"the graph does not belong to this model: it has no {name}")
         if name not in layers:
             if params[name].dim() > 1:
-                notes[name] = f"{name}: {unread(_home(dense, name))}, left"
-        elif "_hh_" in name and isinstance(_home(dense, name), nn.RNNBase):
+                notes[name] = f"{name}: {unread(owner(dense, name))}, left"
+        elif "_hh_" in name and isinstance(owner(dense, name), nn.RNNBase):
             notes[name] = f"{name}: what it reads depends on its own scales, left"
         elif name in tied:
             notes[name] = f"{name}: {tied[name]} uses the same weights, left"
@@ -174,15 +177,13 @@ def _jobs(
             job = jobs.setdefault(name, _Job(layers[name], member.dim, empty))
             if job.dim == member.dim:
                 job.add(member, ~plan.gone(target))
+            else:
+                notes[name] = f"{name}: {target.name} lies along another dimension of it, left"
     for name in list(jobs):
         if not jobs[name].find_columns(params[name]) or not jobs[name].n:
             notes[name] = f"{name}: its inputs do not belong to one unit each, left"
             del jobs[name]
     return jobs, list(notes.values())
-
-
-def _home(model: nn.Module, tensor: str) -> nn.Module:
-    return model.get_submodule(tensor.rpartition(".")[0])
 
 
 def _readers(plan: Plan, graph: Graph) -> list[tuple[GroupTarget, Member]]:

@@ -15,6 +15,7 @@ from secateurs.finetuning import Part, Training
 from secateurs.masks import named_tensors
 from secateurs.masks.erasing import is_sharded
 from secateurs.masks.sets import plain_names
+from secateurs.masks.states import parameters_of
 from secateurs.regrowth.config import Regrow
 from secateurs.regrowth.history import Update
 from secateurs.regrowth.rules import RULES, How, Seen, centre
@@ -322,7 +323,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def _movable(training: Training) -> tuple[dict[str, _Moving], dict[str, str]]:
     """Tensors whose masks can move, by their first name, and the others with the reason."""
     tensors = tensors_of(training.model)
-    trained = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    trained = parameters_of(training.optimizer)
     moving: dict[int, tuple[str, _Moving]] = {}
     still = {}
     for name in training.held.masks:

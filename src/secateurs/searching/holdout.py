@@ -17,6 +17,7 @@ import torch
 
 from secateurs.batches import iterate, tensors
 from secateurs.errors import DataError
+from secateurs.tensorfiles import as_bytes
 from secateurs.types import Batch, Batches
 
 __all__ = ["LockedSplit", "Use", "check_copies", "copies", "sample_keys"]
@@ -127,9 +128,9 @@ def sample_keys(batches: Batches) -> list[bytes]:
     for inputs, _ in iterate(batches, torch.device("cpu")):
         leaves = [t for t in tensors(inputs) if t.dim()]
         n = leaves[0].shape[0] if leaves else 0
-        rows = [t.detach().contiguous() for t in leaves if t.shape[0] == n]
+        rows = [t for t in leaves if t.shape[0] == n]
         marks = [f"{t.dtype}{tuple(t.shape[1:])}".encode() for t in rows]
-        data = [t.reshape(n, -1).view(torch.uint8).numpy() if t.numel() else None for t in rows]
+        data = [as_bytes(t).view(n, -1).numpy() if t.numel() else None for t in rows]
         for i in range(n):
             digest = hashlib.blake2b(digest_size=16)
             for mark, block in zip(marks, data, strict=True):

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateurs.allocation.curves import Curve
 from secateurs.errors import ConfigError, FileFormatError
 from secateurs.masks import named_tensors
 from secateurs.sensitivities.found import MeasuredSensitivity
+from secateurs.tensorfiles import as_bytes
 
 __all__ = ["Cache", "order_mark", "weights_mark"]
 
@@ -106,15 +106,10 @@ def weights_mark(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(named_tensors(model).items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        found.update(_bytes(tensor))
+        found.update(as_bytes(tensor.cpu()).numpy().data)
     return found.hexdigest()[:32]
 
 
 def order_mark(order: Tensor) -> str:
     """A hash of the order in which units go."""
-    return hashlib.sha256(_bytes(order)).hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> Any:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return hashlib.sha256(as_bytes(order.cpu()).numpy().data).hexdigest()[:16]

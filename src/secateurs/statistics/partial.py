@@ -16,7 +16,7 @@ from secateurs.batches import tensors
 from secateurs.errors import ConfigError, FileFormatError
 from secateurs.statistics.jobs import Job
 from secateurs.statistics.stream import Pass
-from secateurs.tensorfiles import read_tensors, write_tensors
+from secateurs.tensorfiles import as_bytes, read_tensors, write_tensors
 from secateurs.types import Batch
 
 __all__ = ["Progressed", "fingerprint", "read_partial", "write_partial"]
@@ -41,9 +41,8 @@ def fingerprint(jobs: Sequence[Job], run: Pass, first: Batch | None, **asked: ob
 def _hash(held: object) -> str:
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors(list(held)):  # type: ignore[call-overload]
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
         found.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(flat.view(torch.uint8).numpy().tobytes())
+        found.update(as_bytes(tensor.cpu()).numpy().data)
     return found.hexdigest()
 
 

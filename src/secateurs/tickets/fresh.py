@@ -13,7 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from secateurs.controls import FRESH
 from secateurs.errors import choose
-from secateurs.masks import apply_masks_, named_tensors
+from secateurs.masks import apply_masks_
+from secateurs.masks.sets import by_tensor
 
 __all__ = ["INITS", "FreshRow", "reinitialise_sparse_"]
 
@@ -82,7 +83,7 @@ def reinitialise_sparse_(
     """
     choose(init, INITS, "init")
     apply_masks_(model, masks)  # an error comes before anything is drawn
-    kept = _joined(model, masks)
+    kept = by_tensor(model, masks)
     rows: dict[str, FreshRow] = {}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed + FRESH)
@@ -101,17 +102,6 @@ def reinitialise_sparse_(
     apply_masks_(model, masks)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return tuple(rows[name] for name in names)
-
-
-def _joined(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Id of a tensor -> its mask, also when it has several names."""
-    tensors = named_tensors(model)
-    found: dict[int, Tensor] = {}
-    for name, mask in masks.items():
-        tensor = tensors[name]
-        here = mask.to(tensor.device)
-        found[id(tensor)] = found[id(tensor)] & here if id(tensor) in found else here
-    return found
 
 
 def _drawn(path: str, module: nn.Module) -> Iterator[tuple[str, FreshRow]]:
