@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from secateurs.checkpoints import (
     UNREPEATABLE,
@@ -164,6 +165,47 @@ def test_every_source_of_random_numbers_is_put_back() -> None:
     assert drawn(loader) != first
     set_random_state(state, loader)
     assert drawn(loader) == first
+
+
+class LateSampler(RandomSampler):
+    """Makes its generator when it is first read, as that of accelerate does."""
+
+    def __iter__(self) -> Iterator[int]:
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(3)
+        yield from super().__iter__()
+
+
+def late_loader() -> DataLoader[Any]:
+    data = TensorDataset(torch.arange(6.0))
+    return DataLoader(data, sampler=LateSampler(data))
+
+
+def test_a_generator_made_while_looking_is_unmade() -> None:
+    loader, untouched = late_loader(), late_loader()
+    state = random_state(loader)
+    first = drawn(loader)
+    set_random_state(state, loader)
+    assert drawn(loader) == first
+    set_random_state(state, loader)
+    torch.manual_seed(0)
+    twice = [drawn(loader)[-1], drawn(loader)[-1]]
+    torch.manual_seed(0)
+    assert twice == [drawn(untouched)[-1], drawn(untouched)[-1]]
+
+
+def test_a_generator_still_to_be_made_gets_the_state_that_was_held() -> None:
+    loader, fresh = late_loader(), late_loader()
+    drawn(loader)
+    state = random_state(loader)
+    second = drawn(loader)
+    set_random_state(state, fresh)
+    assert drawn(fresh) == second
+
+
+def test_the_state_of_other_loaders_is_refused() -> None:
+    with pytest.raises(ConfigError, match="have 0 places for generators, the state is of batches"):
+        set_random_state(random_state(late_loader()), [])
 
 
 def test_the_mark_of_data_does_not_depend_on_random_states_and_changes_none() -> None:

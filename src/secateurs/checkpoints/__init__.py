@@ -20,7 +20,13 @@ from secateurs.checkpoints.marks import (
     tensor_mark,
     versions,
 )
-from secateurs.checkpoints.randomness import generators_of, random_state, set_random_state
+from secateurs.checkpoints.randomness import (
+    generator_states,
+    generators_of,
+    random_state,
+    set_generator_states,
+    set_random_state,
+)
 from secateurs.checkpoints.trees import flatten, restore
 from secateurs.tensorfiles import flush
 
@@ -36,12 +42,14 @@ __all__ = [
     "differences",
     "flatten",
     "flush",
+    "generator_states",
     "generators_of",
     "interrupts_wait",
     "plain",
     "random_state",
     "read_state",
     "restore",
+    "set_generator_states",
     "set_random_state",
     "tensor_mark",
     "versions",

@@ -9,9 +9,10 @@ from secateurs.checkpoints import (
     Keeper,
     Marks,
     data_marks,
-    generators_of,
+    generator_states,
     plain,
     random_state,
+    set_generator_states,
     set_random_state,
     tensor_mark,
     versions,
@@ -81,7 +82,7 @@ class Memory:
             "random": self.random if training is not None else self._random(),
             "walk": None if walk is None else pack(walk.state(), self.known),
             "training": training,
-            "samples": [g.get_state() for g in generators_of(run.samples)],
+            "samples": generator_states(run.samples),
             "log": None if run.log is None else run.log.state(),
         }
 
@@ -124,9 +125,7 @@ class Memory:
         self.random = self._random()
         saved = self._found.pop("training", None)
         if saved is not None:  # cuts inside the training may have read them since it began
-            held = self._found["samples"]
-            for generator, state in zip(generators_of(self.run.samples), held, strict=True):
-                generator.set_state(state)
+            set_generator_states(self._found["samples"], self.run.samples)
         return _Within(self, self.trained_steps, saved)
 
     def leave(self, *, must: bool) -> None:
