@@ -30,6 +30,7 @@ __all__ = [
     "best_setting",
     "error_of",
     "paired",
+    "points",
 ]
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -102,6 +103,9 @@ class Dense:
         self.model: nn.Module
         self.data: Data
         self.model, self.data, _ = dense_checkpoint(self.task, seed)
+        for p in self.model.parameters():
+            if p.dim() == 4:  # a quarter faster here
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
         self._known: dict[str, float] = {}
 
     @classmethod
@@ -171,6 +175,11 @@ def paired(ours: Mapping[int, float], other: Mapping[int, float]) -> dict[str, A
         "difference": mean(gaps) if gaps else None,
         "standard_error": error_of(gaps),
     }
+
+
+def points(error: float | None) -> str:
+    """A standard error in points, to print."""
+    return "se -" if error is None else f"se {100 * error:.2f}"
 
 
 def best_setting(rows: Iterable[Row], names: Sequence[str]) -> str:

@@ -9,25 +9,15 @@ page.
 
 from __future__ import annotations
 
-import json
-import textwrap
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / "results"
-ROOT = RESULTS.parent.parent
+from benchmarks.drawing import BLUE, GREY, INK, MUTED, RED, ROOT, STYLE, read, save, table, wrapped
+
 PAGE = ROOT / "docs" / "results-how-much.md"
-IMAGES = ROOT / "docs" / "images"
-INK, MUTED, GREY, BLUE, RED = "#1f2933", "#61707d", "#b3bac2", "#0b6bcb", "#c2410c"
-STYLE: dict[Any, Any] = {
-    "font.size": 8.5, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "secateurs",
-}  # fmt: skip
 DEFAULT_RULE = "bound (the default)"
 
 HEAD = """# How much to cut, measured
@@ -44,35 +34,6 @@ def main() -> None:
     _draw_tree()
     text = "\n\n".join(part.strip() for part in parts if part)
     PAGE.write_text(wrapped(text) + "\n", encoding="utf-8")
-
-
-def wrapped(text: str) -> str:
-    """The same Markdown with paragraphs of at most 100 columns; tables and headings as they are."""
-    fill = textwrap.TextWrapper(width=100, break_long_words=False, break_on_hyphens=False).fill
-    blocks = text.strip().split("\n\n")
-    return "\n\n".join(
-        b if b.lstrip().startswith(("|", "#", "!", "- ", "```")) else fill(" ".join(b.split()))
-        for b in blocks
-    )
-
-
-def _read(name: str) -> Any:
-    path = RESULTS / name
-    if not path.exists():
-        return None
-    text = path.read_text(encoding="utf-8")
-    if name.endswith(".jsonl"):
-        return [json.loads(line) for line in text.splitlines()]
-    return json.loads(text)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _save(figure: Figure, name: str) -> None:
-    figure.savefig(IMAGES / f"how-much-{name}.png", metadata={"Software": None})
 
 
 # -- the decision tree ----------------------------------------------------------------------------
@@ -106,7 +67,7 @@ def _draw_tree() -> None:
             ax.text(5.5, i, write, va="center", family="monospace", fontsize=7.5,
                     bbox={**box, "edgecolor": BLUE})  # fmt: skip
             ax.text(10.4, i, means, va="center", ha="right", color=MUTED, fontsize=7.5)
-        _save(figure, "tree")
+        save(figure, "how-much-tree")
 
 
 # -- the promise of a search ----------------------------------------------------------------------
@@ -114,7 +75,7 @@ def _draw_tree() -> None:
 
 def promise() -> str:
     """The section on cross-validation, for this page and for `results.md`."""
-    data = _read("search_promise.json")
+    data = read("search_promise.json")
     if data is None:
         return ""
     rows = data["rows"]
@@ -146,7 +107,7 @@ for one more network, or without any (`benchmarks/search_promise.py`).
 
 ![Share of resamples within the promised limit](images/how-much-promise.png)
 
-{_table(head, cells)}"""
+{table(head, cells)}"""
 
 
 def _draw_promise(rows: list[dict[str, Any]]) -> None:
@@ -173,14 +134,14 @@ def _draw_promise(rows: list[dict[str, Any]]) -> None:
         right.set_xlim(0, 1.02)
         right.set_xlabel("MACs left, mean")
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
-        _save(figure, "promise")
+        save(figure, "how-much-promise")
 
 
 # -- auto -----------------------------------------------------------------------------------------
 
 
 def _auto() -> str:
-    data = _read("auto.json")
+    data = read("auto.json")
     if data is None:
         return ""
     order = list(dict.fromkeys(r["task"] for r in data["rows"]))
@@ -213,14 +174,14 @@ Points on **test** data, mean and worst over seeds, which neither has seen. With
 error that says so. It is a default, not a promise: `secateurs search` makes one
 (`benchmarks/auto.py`).
 
-{_table(head, cells)}"""
+{table(head, cells)}"""
 
 
 # -- allocation -----------------------------------------------------------------------------------
 
 
 def _allocation() -> str:
-    data = _read("allocation_quality.json")
+    data = read("allocation_quality.json")
     if data is None:
         return ""
     rows = data["rows"]
@@ -247,7 +208,7 @@ seeds; in brackets the difference from `uniform`, paired by seed, ± its standar
         seeds = {k: max(len(r["seeds"]) for r in held if r["keep"] == k) for k in seeds}
         told = ", ".join(f"{n} at {k:g}" for k, n in seeds.items())
         parts.append(f"{task}; seeds: {told}.\n")
-        parts.append(_table(["method", *(f"{k:g} of the MACs" for k in keeps)], lines))
+        parts.append(table(["method", *(f"{k:g} of the MACs" for k in keeps)], lines))
     return "\n".join(parts)
 
 
@@ -279,7 +240,7 @@ def _draw_allocation(rows: list[dict[str, Any]]) -> None:
                 if ax is not line[0]:
                     ax.set_yticklabels([])
         figure.supxlabel("test accuracy after healing, %; orange: uniform")
-        _save(figure, "allocation")
+        save(figure, "how-much-allocation")
 
 
 def _dots(ax: Axes, methods: list[str], held: dict[str, dict[str, Any]]) -> None:
@@ -299,7 +260,7 @@ def _dots(ax: Axes, methods: list[str], held: dict[str, dict[str, Any]]) -> None
 
 
 def _scales() -> str:
-    data = _read("multi_scale.json")
+    data = read("multi_scale.json")
     if data is None:
         return ""
     rows = data["summary"]
@@ -322,14 +283,14 @@ weights. Beside it: weights only, and two stages with the split halfway. Test ac
 standard deviation over three seeds, in brackets the share of the dense MACs that remains; equal
 non-zeros, equal fine-tuning (`benchmarks/multi_scale.py`).
 
-{_table(["task", "criterion", "non-zeros", *methods], lines)}"""
+{table(["task", "criterion", "non-zeros", *methods], lines)}"""
 
 
 # -- latency --------------------------------------------------------------------------------------
 
 
 def _latency() -> str:
-    rows = _read("latency_budgets.jsonl")
+    rows = read("latency_budgets.jsonl")
     if rows is None:
         return ""
     tables = {r["net"]: r for r in rows if r["kind"] == "table"}
@@ -369,7 +330,7 @@ by the wall and in processor time. Within 10 % of what was asked, in processor t
 
 ![Asked and realised latency](images/how-much-latency.png)
 
-{_table(head, lines)}"""
+{table(head, lines)}"""
 
 
 def _draw_latency(points: list[tuple[str, float, dict[str, Any]]]) -> None:
@@ -387,14 +348,14 @@ def _draw_latency(points: list[tuple[str, float, dict[str, Any]]]) -> None:
         ax.set_xlabel("asked, share of the dense latency")
         ax.set_ylabel("realised, timed again later")
         ax.legend(frameon=False)
-        _save(figure, "latency")
+        save(figure, "how-much-latency")
 
 
 # -- selection ------------------------------------------------------------------------------------
 
 
 def _selection() -> str:
-    data = _read("selection.json")
+    data = read("selection.json")
     if data is None:
         return ""
     rows = data["rows"]
@@ -427,7 +388,7 @@ extra bytes for each score. Target: at most {target["reads"]} reads and
 counted in their bytes. Load average {min(loads):.0f} to {max(loads):.0f} on two cores
 (`benchmarks/selection.py`).{notes}
 
-{_table(["", *names], lines)}"""
+{table(["", *names], lines)}"""
 
 
 def _millions(n: int) -> str:

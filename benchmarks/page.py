@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import oracle
-from benchmarks.how_much_page import promise, wrapped
+from benchmarks.drawing import wrapped
+from benchmarks.how_much_page import promise
 from secateurs.criteria import CRITERIA as REGISTRY
 
 RESULTS = Path(__file__).resolve().parent / "results"

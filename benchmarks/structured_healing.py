@@ -1,7 +1,7 @@
 """Channels at 2x, 4x and 10x fewer MACs: our recipes beside Torch-Pruning, at equal steps.
 
     python -m benchmarks.structured_healing --part search   # validation data, seeds 100, 101, ...
-    python -m benchmarks.structured_healing --part final    # seeds 0 to 2 (digits: 0 to 9)
+    python -m benchmarks.structured_healing --part final    # seeds 0 to 2 (digits: 0 to 4)
     python -m benchmarks.structured_healing --summary       # only summarise what is there
 
 Every row starts from the same dense checkpoint and takes the same number of optimizer steps after
@@ -10,12 +10,14 @@ and cosine: AdamW, its rate chosen by the search on validation data for Torch-Pr
 counted by `secateurs.macs` on the network that was really cut, for both tools.
 
     torch-pruning   all of its criteria that fit (see `PEERS`), ranked locally and globally, in one
-                    shot and in rounds. The best of them by TEST accuracy, for each point on its
-                    own, is what ours is compared with: that favours the peer. The widest network
-                    within 1 % of the budget is taken, which favours it too.
+                    shot and in rounds; the six best of the first seed go on to the others. The best
+                    of them by TEST accuracy, for each point on its own, is what ours is compared
+                    with: that favours the peer. The widest network within 1 % of the budget is
+                    taken, which favours it too.
     plain           secateurs: taylor, uniform, one shot, fine-tuning.
-    + ...           the same with one ingredient, or several. "Recommended" is the one of these with
-                    the best mean validation accuracy of the search over its budgets.
+    + ...           the same with one ingredient, or several. "Recommended" is the one with several
+                    that has the best mean validation accuracy of the search over its budgets; only
+                    it and those with one ingredient have final rows.
 
 One thread; a run that is stopped goes on where it was.
 """
@@ -23,8 +25,6 @@ One thread; a run that is stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,6 @@ from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
-import torch
 from torch import nn
 
 import secateurs as sc
@@ -46,8 +45,10 @@ from benchmarks.healing_common import (
     error_of,
     one_thread,
     paired,
+    points,
 )
-from secateurs.finetuning import Finetune, finetune
+from benchmarks.structured_peer import OVER, PEERS, Peer, config, with_torch_pruning
+from secateurs.finetuning import finetune
 from secateurs.macs import macs
 from secateurs.penalties import Penalty
 from secateurs.report import environment
@@ -59,30 +60,12 @@ ROWS = Rows(
 )
 SUMMARY = RESULTS / "structured_healing.json"
 KEPT = (0.5, 0.25, 0.1)
-EPOCHS = {"digits-cnn": 20, "fashion-resnet20": 3}
+EPOCHS = {"digits-cnn": 20, "fashion-resnet20": 2}
 """Passes over the training data after the dense checkpoint, for every row."""
-SEEDS = {"digits-cnn": tuple(range(10)), "fashion-resnet20": (0, 1, 2)}
-"""The digits are so few (359 test images) that three seeds tell nothing apart."""
+SEEDS = {"digits-cnn": tuple(range(5)), "fashion-resnet20": (0, 1, 2)}
+PEERS_KEPT = 6
+"""So many settings of the peer, the best on TEST data of the first seed, go on to other seeds."""
 LRS = (1e-3, 3e-3)
-OVER = 1.01
-"""How much more than the budget a network of the peer may have."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A setting of Torch-Pruning.
-
-    Attributes:
-        importance: class in `torch_pruning.importance`.
-        p: of the norm, where the class has one; 0 = it has none.
-        globally: rank the channels of all layers together.
-        rounds: cut, fine-tune, cut, ...; the MACs fall by equal factors.
-    """
-
-    importance: str
-    p: int = 0
-    globally: bool = False
-    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,9 +76,9 @@ class Ours:
         cuts: 1 cuts before the fine-tuning; more are made inside it.
         until: part of the training in which the cuts are made.
         distill, temperature: as in `Finetune`.
-        hidden: as in `Finetune`: distillation of hidden states.
         penalty: rule that makes small before the cut what will go; "" = none. See `Penalty`.
         prepare: part of the steps that train under it, at a constant learning rate.
+        repair: done after each cut, without training. See `prune`.
     """
 
     criterion: str = "taylor"
@@ -105,132 +88,37 @@ class Ours:
     curve: str = "cubic"
     distill: float = 0.0
     temperature: float = 2.0
-    hidden: float = 0.0
     penalty: str = ""
     prepare: float = 0.0
+    repair: tuple[str, ...] = ()
 
 
-_MAGNITUDE, _TAYLOR = "GroupMagnitudeImportance", "GroupTaylorImportance"
-PEERS: dict[str, Peer] = {
-    "l1": Peer(_MAGNITUDE, 1),
-    "l2": Peer(_MAGNITUDE, 2),
-    "l2 global": Peer(_MAGNITUDE, 2, globally=True),
-    "taylor": Peer(_TAYLOR),
-    "taylor global": Peer(_TAYLOR, globally=True),
-    "hessian": Peer("GroupHessianImportance"),
-    "hessian global": Peer("GroupHessianImportance", globally=True),
-    "fpgm": Peer("FPGMImportance", 2),
-    "fpgm global": Peer("FPGMImportance", 2, globally=True),
-    "bn scale": Peer("BNScaleImportance"),
-    "bn scale global": Peer("BNScaleImportance", globally=True),
-    "lamp global": Peer("LAMPImportance", 2, globally=True),
-    "random": Peer("RandomImportance"),
-    "l2, 3 rounds": Peer(_MAGNITUDE, 2, rounds=3),
-    "taylor, 3 rounds": Peer(_TAYLOR, rounds=3),
-}
-"""Its LAMP ranks like "l2" within a layer, so that it is tried globally only."""
 PLAIN = Ours()
 OURS: dict[str, Ours] = {
     "plain": PLAIN,
     "+ iterative": replace(PLAIN, cuts=5),
     "+ distilled": replace(PLAIN, distill=0.5),
-    "+ distilled 0.9": replace(PLAIN, distill=0.9, temperature=4.0),
-    "+ distilled, hidden": replace(PLAIN, distill=0.5, hidden=1.0),
     "+ growing": replace(PLAIN, penalty="growing", prepare=0.25),
-    "+ global_normalized": replace(PLAIN, allocation="global_normalized"),
-    "+ iterative, distilled 0.9": replace(PLAIN, cuts=5, distill=0.9, temperature=4.0),
-    "+ growing, distilled 0.9": replace(
-        PLAIN, penalty="growing", prepare=0.25, distill=0.9, temperature=4.0
+    "+ reconstructed": replace(PLAIN, repair=("reconstruct",)),
+    "+ reconstructed, distilled": replace(PLAIN, repair=("reconstruct",), distill=0.5),
+    "+ growing, reconstructed": replace(
+        PLAIN, penalty="growing", prepare=0.25, repair=("reconstruct",)
     ),
-    "+ iterative, growing, distilled 0.9": replace(
-        PLAIN, cuts=3, until=0.2, penalty="growing", prepare=0.25, distill=0.9, temperature=4.0
+    "+ growing, reconstructed, distilled": replace(
+        PLAIN, penalty="growing", prepare=0.25, repair=("reconstruct",), distill=0.5
     ),
-    "+ global_normalized, iterative, distilled 0.9": replace(
-        PLAIN, allocation="global_normalized", cuts=5, distill=0.9, temperature=4.0
+    "+ iterative, growing, reconstructed, distilled": replace(
+        PLAIN, cuts=3, until=0.2, penalty="growing", prepare=0.25, repair=("reconstruct",),
+        distill=0.5,
     ),
-}
+    "+ iterative, reconstructed, distilled": replace(
+        PLAIN, cuts=3, until=0.2, repair=("reconstruct",), distill=0.5
+    ),
+}  # fmt: skip
 """One ingredient at a time, and those that go together."""
-RECOMMENDED = tuple(name for name in OURS if name != "plain")
+RECOMMENDED = tuple(name for name in OURS if "," in name)
 """Of these the search takes the best for each task, over its budgets, as "recommended"."""
 TOOLS = ("torch-pruning", "secateurs")
-
-
-def config(steps: int, lr: float, ours: Ours | None = None) -> Finetune:
-    """The same fine-tuning for all, and the distillation of ours."""
-    return Finetune(
-        steps=steps,
-        optimizer="adamw",
-        lr=lr,
-        weight_decay=0.01,
-        lr_schedule="cosine",
-        distill=ours.distill if ours else 0.0,
-        temperature=ours.temperature if ours else 2.0,
-        hidden=ours.hidden if ours else 0.0,
-    )
-
-
-# -- Torch-Pruning ---------------------------------------------------------------------------------
-
-
-def with_torch_pruning(
-    dense: Dense, setting: Peer, keep: float, lr: float, steps: int, seed: int
-) -> nn.Module:
-    """Cut and fine-tuned, in one or several rounds."""
-    model = copy.deepcopy(dense.model)
-    ends = [round(steps * (i + 1) / setting.rounds) for i in range(setting.rounds)]
-    for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        model = smaller(dense, model, setting, keep ** ((i + 1) / setting.rounds), seed)
-        finetune(model, dense.data.train, dense.task.loss_fn, config(end - begin, lr), seed=seed)
-    return model
-
-
-def smaller(dense: Dense, model: nn.Module, setting: Peer, keep: float, seed: int) -> nn.Module:
-    """The widest network of the peer with at most `OVER` x `keep` of the dense MACs."""
-    inputs = dense.data.example_inputs
-    whole = macs(dense.model, inputs)
-    low, high, best = 0.0, 1.0, None
-    for _ in range(12):
-        ratio = (low + high) / 2
-        found = cut_at(dense, model, setting, ratio, seed)
-        if macs(found, inputs) <= OVER * keep * whole:
-            high, best = ratio, found
-        else:
-            low = ratio
-    assert best is not None, "no ratio of channels meets the budget"
-    return best
-
-
-def cut_at(dense: Dense, model: nn.Module, setting: Peer, ratio: float, seed: int) -> nn.Module:
-    """A copy with that part of the channels cut, as the README of Torch-Pruning shows."""
-    tp = importlib.import_module("torch_pruning")
-    model = copy.deepcopy(model).eval()
-    kind = getattr(tp.importance, setting.importance)
-    importance = kind(p=setting.p) if setting.p else kind()
-    if setting.importance == "GroupTaylorImportance":
-        for inputs, targets in dense.data.calibration:
-            torch.autograd.backward(dense.task.loss_fn(model(inputs), targets))
-    elif setting.importance == "GroupHessianImportance":
-        accumulate(importance, dense, model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        tp.pruner.BasePruner(
-            model, dense.data.example_inputs, importance=importance, pruning_ratio=ratio,
-            global_pruning=setting.globally, ignored_layers=[model.head], max_pruning_ratio=0.97,
-            in_channel_groups={}, out_channel_groups={}, num_heads={},
-        ).step()  # fmt: skip
-    model.zero_grad(set_to_none=True)
-    return model
-
-
-def accumulate(importance: Any, dense: Dense, model: nn.Module) -> None:
-    """Squared gradients sample by sample, as its importance wants them."""
-    importance.zero_grad()
-    inputs, targets = dense.data.calibration[0]
-    for i in range(len(targets)):
-        model.zero_grad()
-        one = slice(i, i + 1)
-        torch.autograd.backward(dense.task.loss_fn(model(inputs[one]), targets[one]))
-        importance.accumulate_grad(model)
 
 
 # -- ours ------------------------------------------------------------------------------------------
@@ -241,7 +129,9 @@ def with_secateurs(
 ) -> nn.Module:
     """Cut and fine-tuned by our recipe; a preparation counts as training."""
     first = round(steps * setting.prepare) if setting.penalty else 0
-    healing = config(steps - first, lr, setting)
+    healing = replace(
+        config(steps - first, lr), distill=setting.distill, temperature=setting.temperature
+    )
     one_shot = setting.cuts == 1
     every = f"{max(1, int(steps * setting.until) // setting.cuts)} steps"
     prepare = replace(config(first, lr), lr_schedule="constant") if first else None
@@ -253,10 +143,11 @@ def with_secateurs(
         schedule=Schedule("one_shot", steps=1)
         if one_shot
         else Schedule(setting.curve, steps=setting.cuts, every=every),
-        finetune=None if one_shot and not setting.hidden else healing,
+        finetune=None if one_shot else healing,
         prepare=prepare, penalty=Penalty(setting.penalty) if first else None,
+        repair=setting.repair,
     )  # fmt: skip
-    if one_shot and not setting.hidden:  # the smaller network is the faster one to train
+    if one_shot:  # the smaller network is the faster one to train
         teacher = dense.model if setting.distill else None
         finetune(
             result.model, dense.data.train, dense.task.loss_fn, healing, teacher=teacher, seed=seed
@@ -300,6 +191,34 @@ def rate_of(task: str) -> float:
     return float(best_setting(rates, [str(lr) for lr in LRS]))
 
 
+def recommended(task: str) -> str:
+    """The best of ours with several ingredients, by the search; "" before it."""
+    rows = [r for r in searched(task, "secateurs") if r["lr"] == rate_of(task)]
+    return best_setting(rows, RECOMMENDED) if rows else ""
+
+
+def ours_of(task: str) -> list[str]:
+    """Plain, with one ingredient each, and the recommended one."""
+    found = recommended(task)
+    return [name for name in OURS if name not in RECOMMENDED or name == found]
+
+
+def peers_of(task: str, keep: float, seed: int) -> list[str]:
+    """All settings of the peer for the first seed; for others those that were best there."""
+    first = SEEDS[task][0]
+    tried = {
+        row["setting"]: row["test"]
+        for row in ROWS.read()
+        if (row["part"], row["task"], row["keep"], row["tool"], row["seed"])
+        == ("final", task, keep, "torch-pruning", first)
+    }
+    if seed == first:
+        return list(PEERS)
+    if len(tried) < len(PEERS):
+        raise SystemExit(f"{task} at {keep}: run seed {first} of torch-pruning first")
+    return sorted(tried, key=lambda name: -tried[name])[:PEERS_KEPT]
+
+
 def wanted(
     part: str,
     tasks: Sequence[str],
@@ -323,7 +242,10 @@ def wanted(
                 for tool in tools:
                     if part == "search" and tool == "torch-pruning":
                         continue
-                    for name in PEERS if tool == "torch-pruning" else OURS:
+                    names = [*OURS] if part == "search" else ours_of(task)
+                    if tool == "torch-pruning":
+                        names = peers_of(task, keep, seed)
+                    for name in names:
                         yield {**base, "keep": keep, "tool": tool, "setting": name, "lr": rate,
                                "seed": seed}  # fmt: skip
 
@@ -367,8 +289,9 @@ def _goals(
     """Recommended beside the best of the peer, and beside plain."""
     here = [r for r in lines if (r["task"], r["keep"]) == (task, keep)]
     peers = [r for r in here if r["tool"] == "torch-pruning"]
-    rows = searched(task, "secateurs")
-    ours = best_setting(rows, RECOMMENDED) if rows else ""
+    most = max((len(r["seeds"]) for r in peers), default=0)
+    peers = [r for r in peers if len(r["seeds"]) == most]
+    ours = recommended(task)
     held = groups.get((task, keep, "secateurs", ours))
     if held is None:
         return
@@ -410,15 +333,15 @@ def table(found: dict[str, Any]) -> str:
         gap = r.get("over_plain") or {}
         over = ""
         if gap.get("difference") is not None:
-            over = f"| over plain {_signed(gap['difference'])} ({_points(gap['standard_error'])})"
+            over = f"| over plain {_signed(gap['difference'])} ({points(gap['standard_error'])})"
         told.append(
             f"{r['task']} {r['keep']:<4} {r['tool']:<13} {r['setting']:<32} n={len(r['seeds'])} "
             f"macs {r['macs']:.3f} dense {100 * r['dense']:.2f} test {100 * r['test']:.2f} "
-            f"({_points(r['standard_error'])}) {over}"
+            f"({points(r['standard_error'])}) {over}"
         )
     told += [
         f"goal {g['task']} {g['keep']}: {g['recommended']} beside {g['beside']}: "
-        f"{_signed(g['difference'])} ({_points(g['standard_error'])}): "
+        f"{_signed(g['difference'])} ({points(g['standard_error'])}): "
         + ("met" if g["met"] else "MISSED")
         for g in found["goals"]
     ]
@@ -427,10 +350,6 @@ def table(found: dict[str, Any]) -> str:
 
 def _signed(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:+.2f}"
-
-
-def _points(value: float | None) -> str:
-    return "se -" if value is None else f"se {100 * value:.2f}"
 
 
 def main() -> None:

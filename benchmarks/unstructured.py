@@ -2,7 +2,6 @@
 
     python -m benchmarks.unstructured --part search     # validation data, seeds 100 and 101
     python -m benchmarks.unstructured --part final      # the chosen settings, seeds 0 to 4
-    python -m benchmarks.unstructured --part collapse   # where magnitude leaves no path
     python -m benchmarks.unstructured --summary         # only summarise what is there
 
 Every row starts from the same dense checkpoint and takes the same number of optimizer steps after
@@ -27,7 +26,6 @@ was.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import warnings
@@ -36,9 +34,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
+from torch import nn
 
 import secateurs as sc
 from benchmarks.healing_common import (
@@ -51,8 +47,10 @@ from benchmarks.healing_common import (
     error_of,
     one_thread,
     paired,
+    points,
 )
-from secateurs.finetuning import Finetune, finetune
+from benchmarks.unstructured_peer import PEERS, n_left, n_weights, with_torch
+from secateurs.finetuning import Finetune
 from secateurs.report import environment
 from secateurs.schedules import Schedule
 
@@ -63,30 +61,10 @@ ROWS = Rows(
 SUMMARY = RESULTS / "unstructured.json"
 DENSITIES = (0.1, 0.05, 0.02, 0.01)
 SEEDS = tuple(range(5))
-EPOCHS = {"fashion-lenet300": 10, "fashion-lenet5": 4}
+EPOCHS = {"fashion-lenet300": 10, "fashion-lenet5": 2}
 """Passes over the 55,000 training images after the dense checkpoint, for every method."""
 MARGIN = {0.1: 0.0, 0.05: 0.0, 0.02: 0.01, 0.01: 0.01}
 """By how much ours has to be ahead."""
-
-
-@dataclass(frozen=True)
-class Torch:
-    """A setting of torch.nn.utils.prune.
-
-    Attributes:
-        pick: "l1" or "random".
-        rounds: prune, fine-tune, prune, ...; the kept weights fall by equal factors.
-        joined: one optimizer and one learning-rate schedule over all rounds.
-        tail: with `joined`, the part of the training after the last round.
-    """
-
-    pick: str = "l1"
-    rounds: int = 1
-    lr: float = 1e-3
-    lr_schedule: str = "cosine"
-    joined: bool = False
-    tail: float = 0.5
-    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,33 +88,20 @@ class Ours:
     weight_decay: float = 0.0
 
 
-LRS = (3e-4, 1e-3, 3e-3, 1e-2)
-PEERS: dict[str, dict[str, Torch]] = {
-    "one-shot": {f"cosine {lr:g}": Torch(lr=lr) for lr in LRS},
-    "iterative": {
-        f"{n} rounds, cosine {lr:g}": Torch(rounds=n, lr=lr) for n in (3, 5) for lr in LRS[1:]
-    },
-    "random": {f"cosine {lr:g}": Torch(pick="random", lr=lr) for lr in LRS[1:]},
-    "gradual": {
-        f"10 rounds, one cosine {lr:g}": Torch(rounds=10, lr=lr, joined=True) for lr in LRS[1:3]
-    },
-}
 OURS: dict[str, Ours] = {
-    "taylor lamp 0.003": Ours(),
     "taylor lamp 0.005": Ours(lr=5e-3),
-    "taylor erk 0.003": Ours(allocation="erk"),
-    "taylor erk 0.01": Ours(allocation="erk", lr=1e-2),
-    "taylor lamp 0.003, 50 cuts": Ours(cuts=50, until=0.6),
     "taylor lamp 0.003, 2048 samples": Ours(samples=2048),
-    "taylor erk 0.005, 2048 samples": Ours(allocation="erk", lr=5e-3, samples=2048),
+    "taylor erk 0.01": Ours(allocation="erk", lr=1e-2),
     "taylor erk 0.005, 2048 samples, decay": Ours(
         allocation="erk", lr=5e-3, samples=2048, weight_decay=0.1
     ),
-    "taylor lamp 0.003, distilled": Ours(distill=0.5),
-    "taylor global 0.003": Ours(allocation="global"),
+    "taylor lamp 0.01, 2048 samples, decay": Ours(lr=1e-2, samples=2048, weight_decay=0.1),
     "magnitude lamp 0.003": Ours("magnitude"),
-    "magnitude lamp 0.001, distilled": Ours("magnitude", lr=1e-3, distill=0.5),
-    "taylor lamp 0.001": Ours(lr=1e-3),
+    "magnitude erk 0.01, decay": Ours("magnitude", allocation="erk", lr=1e-2, weight_decay=0.1),
+    "magnitude lamp 0.01, decay": Ours("magnitude", lr=1e-2, weight_decay=0.1),
+    "taylor erk 0.01, 2048 samples, decay": Ours(
+        allocation="erk", lr=1e-2, samples=2048, weight_decay=0.1
+    ),
 }
 METHODS = (*PEERS, "ours")
 NAMED = ("one-shot", "iterative", "random")
@@ -148,65 +113,7 @@ def settings_of(method: str) -> dict[str, Any]:
     return dict(OURS) if method == "ours" else dict(PEERS[method])
 
 
-def layers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """What density counts: the weights of linear and convolutional layers."""
-    kinds = (nn.Linear, nn.Conv2d)
-    return [(m, "weight") for m in model.modules() if isinstance(m, kinds)]
-
-
-def n_weights(model: nn.Module) -> int:
-    """How many of them there are."""
-    return sum(getattr(m, name).numel() for m, name in layers_of(model))
-
-
-def n_left(model: nn.Module) -> list[int]:
-    """Weights that are not zero, layer by layer."""
-    return [int((getattr(m, name) != 0).sum()) for m, name in layers_of(model)]
-
-
 # -- the methods -----------------------------------------------------------------------------------
-
-
-def with_torch(dense: Dense, setting: Torch, kept: int, steps: int, seed: int) -> nn.Module:
-    """Pruned by torch.nn.utils.prune and fine-tuned."""
-    model = copy.deepcopy(dense.model)
-    layers, total = layers_of(model), n_weights(model)
-    own: list[Any] = [module for module, _ in layers]
-    goals = [round(total * (kept / total) ** (i / setting.rounds)) for i in range(setting.rounds)]
-    goals = [*goals[1:], kept]
-    pick = {"l1": torch_prune.L1Unstructured, "random": torch_prune.RandomUnstructured}
-
-    def cut(goal: int) -> None:
-        left = sum(int(getattr(m, "weight_mask", torch.ones_like(m.weight)).sum()) for m in own)
-        torch_prune.global_unstructured(
-            layers, pruning_method=pick[setting.pick], amount=left - goal
-        )
-
-    def train(n: int, recut: Any = None) -> None:
-        config = Finetune(
-            steps=n,
-            optimizer="adamw",
-            lr=setting.lr,
-            weight_decay=setting.weight_decay,
-            lr_schedule=setting.lr_schedule,
-        )
-        finetune(model, dense.data.train, dense.task.loss_fn, config, seed=seed, recut=recut)
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if setting.joined:
-            every = int(steps * (1 - setting.tail)) // setting.rounds
-            due = {i * every: goal for i, goal in enumerate(goals)}
-            cut(due.pop(0))
-            train(steps, lambda done: cut(due.pop(done)) if done in due else None)
-        else:
-            ends = [round(steps * (i + 1) / len(goals)) for i in range(len(goals))]
-            for goal, begin, end in zip(goals, [0, *ends], ends, strict=False):
-                cut(goal)
-                train(end - begin)
-    for module, name in layers:
-        torch_prune.remove(module, name)  # type: ignore[no-untyped-call]
-    return model
 
 
 def with_secateurs(dense: Dense, setting: Ours, kept: int, steps: int, seed: int) -> nn.Module:
@@ -304,87 +211,6 @@ def chosen(task: str, density: float, method: str, steps: int) -> str:
     return best_setting((r for r in rows if r["density"] == nearest), list(settings_of(method)))
 
 
-# -- collapse --------------------------------------------------------------------------------------
-
-COLLAPSE = {"init": (0.05, 0.04, 0.02, 0.01), "dense": (0.005, 0.002, 0.001)}
-"""Where pruning starts -> densities. A new network has its largest weights in its last layers, so
-that one global magnitude empties the first layer; a trained one loses single classes."""
-COLLAPSE_LR = 3e-3
-
-
-def outputs_reached(model: nn.Module, inputs: Tensor) -> int:
-    """Outputs to which a path of weights leads that are not zero.
-
-    The network computes on ones with weights of one where they are not zero and without biases.
-    """
-    plain = copy.deepcopy(model).double().eval()
-    with torch.no_grad():
-        for p in plain.parameters():
-            p.copy_((p != 0).to(p) if p.dim() > 1 else torch.zeros_like(p))
-        found: Tensor = plain(torch.ones_like(inputs[:1], dtype=torch.double))
-    return int((found > 0).sum())
-
-
-def fresh(dense: Dense, seed: int) -> nn.Module:
-    """The network of a task before any training."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return dense.task.build()
-
-
-def collapse_work(row: dict[str, Any]) -> dict[str, Any]:
-    """Cut without training, then trained: how many outputs are reached, and what comes of it.
-
-    Ours is SynFlow in its hundred exponential steps.
-    """
-    dense = Dense.of(row["task"], row["seed"])
-    model = copy.deepcopy(dense.model) if row["start"] == "dense" else fresh(dense, row["seed"])
-    kept = round(row["density"] * n_weights(model))
-    steps, masks = row["steps"], dict[str, Tensor]()
-    if row["method"] == "one-shot":
-        cut = copy.deepcopy(model)  # what torch has pruned cannot be copied
-        for each in (cut, model):
-            torch_prune.global_unstructured(
-                layers_of(each),
-                pruning_method=torch_prune.L1Unstructured,
-                amount=n_weights(model) - kept,
-            )
-        for module, weight in layers_of(cut):
-            torch_prune.remove(module, weight)  # type: ignore[no-untyped-call]
-    else:
-        result = sc.prune(
-            model, dense.data.calibration, dense.task.loss_fn,
-            example_inputs=dense.data.example_inputs, budget=sc.Budget(units=kept),
-            criterion="synflow", granularity="weight", allocation="global", round_to=1,
-            schedule=Schedule("exponential", steps=100), seed=row["seed"],
-        )  # fmt: skip
-        model, masks = result.masked, dict(result.plan.masks)
-        cut = copy.deepcopy(model)
-    config = Finetune(steps=steps, lr=COLLAPSE_LR, lr_schedule="cosine")
-    with SameSteps(steps):
-        finetune(model, dense.data.train, dense.task.loss_fn, config, masks=masks, seed=row["seed"])
-    return {
-        **dense.figures(model.eval(), "final"),
-        "kept": kept,
-        "left": n_left(cut),
-        "outputs_reached": outputs_reached(cut, dense.data.example_inputs),
-    }
-
-
-def collapse_rows(tasks: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Magnitude beside ours, from a new network and from the dense one."""
-    for task in tasks:
-        steps = steps_of(task, EPOCHS[task])
-        for start, densities in COLLAPSE.items():
-            for seed in seeds:
-                for density in densities:
-                    for method, name in (("one-shot", "magnitude"), ("ours", "synflow")):
-                        yield {
-                            "part": "collapse", "task": task, "start": start, "density": density,
-                            "method": method, "setting": name, "seed": seed, "steps": steps,
-                        }  # fmt: skip
-
-
 # -- summary ---------------------------------------------------------------------------------------
 
 
@@ -435,7 +261,6 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "lines": lines,
         "goals": goals,
         "search": _searched(rows),
-        "collapse": _collapsed(rows),
     }
 
 
@@ -454,40 +279,19 @@ def _searched(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda r: (r["task"], -r["density"], r["method"], -r["validation"]))
 
 
-def _collapsed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Outputs reached and accuracy after training, of magnitude and of ours."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["part"] == "collapse":
-            kind = (row["task"], row["start"], row["density"], row["setting"])
-            found.setdefault(kind, []).append(row)
-    names = ("task", "start", "density", "setting")
-    return [
-        dict(zip(names, kind, strict=True))
-        | {
-            "test": mean(r["test"] for r in held),
-            "standard_error": error_of([r["test"] for r in held]),
-            "outputs_reached": [r["outputs_reached"] for r in held],
-            "emptied_layers": [sum(n == 0 for n in r["left"]) for r in held],
-            "seeds": sorted(r["seed"] for r in held),
-        }
-        for kind, held in found.items()
-    ]
-
-
 def table(found: dict[str, Any]) -> str:
-    """Plain text: methods by density, then the goals, then collapse."""
+    """Plain text: methods by density, then the goals."""
     told = []
     for r in found["lines"]:
         gap = r.get("ours_ahead") or {}
         ahead = ""
         if gap.get("difference") is not None:
             ahead = (
-                f"| ours ahead by {100 * gap['difference']:+.2f} ({_points(gap['standard_error'])})"
+                f"| ours ahead by {100 * gap['difference']:+.2f} ({points(gap['standard_error'])})"
             )
         told.append(
             f"{r['task']} {r['density']:<5} {r['method']:<10} n={len(r['seeds'])} dense "
-            f"{100 * r['dense']:.2f} test {100 * r['test']:.2f} ({_points(r['standard_error'])}) "
+            f"{100 * r['dense']:.2f} test {100 * r['test']:.2f} ({points(r['standard_error'])}) "
             f"{ahead} [{', '.join(r['setting'])}]"
         )
     told += [
@@ -496,22 +300,12 @@ def table(found: dict[str, Any]) -> str:
         + ("met" if g["met"] else "MISSED")
         for g in found["goals"]
     ]
-    told += [
-        f"collapse {c['task']} from {c['start']} {c['density']:<6} {c['setting']:<10} "
-        f"n={len(c['seeds'])} outputs reached {c['outputs_reached']} emptied layers "
-        f"{c['emptied_layers']} test {100 * c['test']:.2f} ({_points(c['standard_error'])})"
-        for c in found["collapse"]
-    ]
     return "\n".join(told)
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"se {100 * value:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--part", choices=("search", "final", "collapse"), default="final")
+    parser.add_argument("--part", choices=("search", "final"), default="final")
     parser.add_argument("--tasks", nargs="*", choices=EPOCHS, default=list(EPOCHS))
     parser.add_argument("--densities", nargs="*", type=float, default=list(DENSITIES))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
@@ -523,14 +317,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if not options.summary:
         seeds = options.seeds or (SEARCH_SEEDS if options.part == "search" else SEEDS)
-        if options.part == "collapse":
-            ROWS.run(collapse_rows(options.tasks, seeds), collapse_work)
-        else:
-            rows = wanted(
-                options.part, options.tasks, options.densities, options.methods, seeds,
-                options.settings,
-            )  # fmt: skip
-            ROWS.run(rows, work)
+        rows = wanted(
+            options.part, options.tasks, options.densities, options.methods, seeds,
+            options.settings,
+        )  # fmt: skip
+        ROWS.run(rows, work)
     found = summarise(ROWS.read())
     SUMMARY.write_text(json.dumps({"environment": environment(0), **found}, indent=1) + "\n")
     print(table(found))
