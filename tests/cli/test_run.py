@@ -296,3 +296,15 @@ def test_ctrl_c_ends_with_one_message(tmp_path: Path) -> None:
     assert out == ""
     assert err.strip() == "secateurs: interrupted"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", [("run", "own.yaml"), ("tasks",)])
+def test_several_processes_are_refused(
+    run: Run, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run(*verb)
+    assert (code, out) == (2, "") and "WORLD_SIZE=2: this command works in one process" in err
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run("tasks")[0] == 0

@@ -5,6 +5,7 @@ Data goes to stdout, progress and messages to stderr. Exit code 0: done; 1: it f
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -61,6 +62,15 @@ def _options(
     ),
 ) -> None:
     """Make a trained network smaller and faster by gradient-based pruning."""
+    from secateurs.errors import ConfigError
+
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={processes}: this command works in one process, and several would write "
+            "the same files. Start it without torchrun; or write a script, where score, finetune "
+            'and prune_during take group="world": see docs/guide/many-processes.md'
+        )
 
 
 def main() -> None:

@@ -217,7 +217,7 @@ def describe(
     if recipe.start == "untrained":
         typer.echo("start: untrained: what is pruned was not trained before")
     for number, (stage, names) in enumerate(zip(stages, units, strict=True), start=1):
-        how = stage.at_init or stage.ticket or stage.steps
+        how = getattr(stage, stage.decided_by or "steps")
         typer.echo(f"stage {number}: {given(stage.budget or stage.threshold)}, {given(how)}")
         for name, n in names.items():
             typer.echo(f"  {name}: {n:,} units")
