@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -116,6 +117,8 @@ def _timeless(tree: Any) -> Any:
         return [_timeless(item) for item in tree]
     if isinstance(tree, dict):
         return {k: _timeless(v) for k, v in tree.items() if k not in ("created", "seconds")}
+    if isinstance(tree, str):
+        return re.sub(r"[\d.]+ s\)", "s)", tree)  # what a repair took
     return tree
 
 

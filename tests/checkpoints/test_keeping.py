@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from secateurs.errors import ConfigError, FileFormatError
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
 
 
 def test_the_newest_stay(tmp_path: Path) -> None:
@@ -40,6 +42,56 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert (found.step, found.state) == (3, {"step": 3})
     kept.clear()
     assert not (tmp_path / "c").exists()
+
+
+HOLDS = """
+import sys, time
+from secateurs.checkpoints import Checkpoints
+kept = Checkpoints(sys.argv[1])
+kept.save(1, 1)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_another_process_is_kept_out_until_it_dies(tmp_path: Path) -> None:
+    mine, refused = Checkpoints(tmp_path), "another process writes its checkpoints to"
+    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError, match=refused):
+                mine.begin({}, resume=True)
+            with pytest.raises(ConfigError, match=refused):
+                mine.save(2, 2)
+            with pytest.raises(ConfigError, match=refused):
+                mine.clear()
+            assert len(mine.files) == 1
+            assert mine.latest() is not None  # reading is free
+        finally:
+            other.kill()
+    found = mine.begin({}, resume=True)
+    assert found is not None
+    assert found.step == 1
+    mine.save(2, 2)
+    Checkpoints(tmp_path).clear()  # the same process may have several
+    assert not tmp_path.exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("secateurs.checkpoints.keeping.FileLock.acquire", fails)
+    said: list[str] = []
+    kept = Checkpoints(tmp_path, say=said.append)
+    kept.save(1, 1)
+    kept.save(2, 2)
+    assert len(said) == 1
+    assert "cannot be locked" in said[0]
 
 
 def test_when_one_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock, Timeout
+
 from secateurs.checkpoints.files import PART, OtherFormatError, read_state, write_state
 from secateurs.checkpoints.marks import UNREPEATABLE, Marks, differences
 from secateurs.errors import ConfigError, FileFormatError
@@ -18,6 +20,7 @@ __all__ = ["Checkpoints", "Keeper", "Saved"]
 
 SECONDS = 60.0
 """Between two checkpoints where nothing else is said."""
+LOCK = ".lock"
 PATTERN = "checkpoint-" + 8 * "[0-9]" + ".safetensors"
 
 
@@ -55,7 +58,8 @@ class Checkpoints:
     """Checkpoints in a folder, newest last; `save` writes one and removes those that are too many.
 
     Each is a file of its own that appears whole or not at all, also when process or machine stop
-    at that instant. The older ones go only when the new one is on the disk.
+    at that instant. The older ones go only when the new one is on the disk. While this object
+    lives, no other process can write to the folder or begin a run in it.
 
     Args:
         directory: created when the first one is written; it should hold nothing else.
@@ -65,7 +69,8 @@ class Checkpoints:
         say: is told what a reader should know (a damaged file was passed over); a warning if None.
 
     Raises:
-        ConfigError: a figure is out of range.
+        ConfigError: a figure is out of range; from `save`, `begin` and `clear`: another process
+            writes its checkpoints there.
 
     Example: a loop of your own.
         >>> import tempfile, torch
@@ -100,6 +105,7 @@ class Checkpoints:
         self._say = say
         self._bad: set[Path] = set()
         self._last = 0, time.monotonic()
+        self._lock: FileLock | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -127,10 +133,7 @@ class Checkpoints:
             ConfigError: a value of another type, or the folder cannot be made.
             FileFormatError: it could not be written; those before are as they were.
         """
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{self.directory} cannot be made: {error}") from error
+        self._reserve()
         there = self.files
         number = int(there[-1].stem.rpartition("-")[2]) + 1 if there else 1
         path = self.directory / f"checkpoint-{number:08d}.safetensors"
@@ -138,6 +141,29 @@ class Checkpoints:
         self._last = step, time.monotonic()
         self._rotate()
         return path
+
+    def _reserve(self) -> None:
+        """Make the folder, and keep other processes out of it while this object lives."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.directory} cannot be made: {error}") from error
+        if self._lock is not None:
+            return
+        lock = FileLock(self.directory / LOCK, is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"another process writes its checkpoints to {self.directory}: wait until it ends, "
+                "or name another folder"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            self.tell(
+                f"{self.directory} cannot be locked ({error}): nothing keeps another process from "
+                "writing there"
+            )
+        self._lock = lock
 
     def _rotate(self) -> None:
         """Remove damaged ones, those beyond `keep`, and what a killed process was writing."""
@@ -200,6 +226,8 @@ class Checkpoints:
                     f"Checkpoints({str(self.directory)!r}).clear()"
                 )
             return None
+        if self.directory.is_dir():
+            self._reserve()
         saved = self.latest(marks)
         if saved is None:
             self.tell(f"{self.directory} holds no checkpoint: starting from the beginning")
@@ -219,10 +247,16 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints, and the folder if nothing else is in it."""
-        for path in (*self.files, *self.directory.glob(f"{PATTERN}{PART}")):
+        where = self.directory
+        if where.is_dir():
+            self._reserve()
+        for path in (*self.files, *where.glob(f"{PATTERN}{PART}")):
             path.unlink(missing_ok=True)
         self._bad.clear()
-        where = self.directory
+        if self._lock is not None:
+            self._lock.release(force=True)
+            self._lock = None
+            (where / LOCK).unlink(missing_ok=True)
         if where.is_dir() and not where.is_symlink() and not any(where.iterdir()):
             where.rmdir()
 

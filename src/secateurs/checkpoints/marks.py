@@ -18,12 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.batches import tensors
-from secateurs.checkpoints.randomness import (
-    generator_states,
-    generators_of,
-    random_state,
-    set_random_state,
-)
+from secateurs.checkpoints.randomness import generators_of, random_state, set_random_state
 from secateurs.tensorfiles import as_bytes
 from secateurs.types import Batches
 
@@ -86,7 +81,7 @@ def _first(batches: Batches) -> str:
 
 def data_marks(batches: Batches) -> dict[str, Any]:
     """What is known of data without reading it all."""
-    return {"batches": batch_mark(batches), "generators": len(generator_states(batches))}
+    return {"batches": batch_mark(batches), "generators": len(generators_of(batches))}
 
 
 def versions() -> dict[str, str]:
