@@ -184,7 +184,7 @@ def command_problems(page: Path) -> list[str]:
 OTHERS = "ignore::Warning"  # Lightning, transformers and Keras warn about themselves
 MARKED = [
     pytest.param(page, marks=pytest.mark.filterwarnings(OTHERS))
-    if page.name == "where-you-train.md"
+    if page.name.startswith("where-you-train")
     else page
     for page in PAGES
 ]
