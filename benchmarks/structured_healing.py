@@ -107,12 +107,10 @@ OURS: dict[str, Ours] = {
     "+ growing, reconstructed, distilled": replace(
         PLAIN, penalty="growing", prepare=0.25, repair=("reconstruct",), distill=0.5
     ),
-    "+ iterative, growing, reconstructed, distilled": replace(
-        PLAIN, cuts=3, until=0.2, penalty="growing", prepare=0.25, repair=("reconstruct",),
-        distill=0.5,
-    ),
-    "+ iterative, reconstructed, distilled": replace(
-        PLAIN, cuts=3, until=0.2, repair=("reconstruct",), distill=0.5
+    "+ growing, distilled": replace(PLAIN, penalty="growing", prepare=0.25, distill=0.5),
+    "+ iterative, distilled": replace(PLAIN, cuts=5, distill=0.5),
+    "+ iterative, growing, distilled": replace(
+        PLAIN, cuts=3, until=0.2, penalty="growing", prepare=0.25, distill=0.5
     ),
 }  # fmt: skip
 """One ingredient at a time, and those that go together."""

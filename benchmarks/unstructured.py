@@ -102,6 +102,14 @@ OURS: dict[str, Ours] = {
     "taylor erk 0.01, 2048 samples, decay": Ours(
         allocation="erk", lr=1e-2, samples=2048, weight_decay=0.1
     ),
+    "taylor erk 0.01, 2048 samples, decay 0.3": Ours(
+        allocation="erk", lr=1e-2, samples=2048, weight_decay=0.3
+    ),
+    "taylor erk 0.01, 2048 samples, decay, 50 cuts": Ours(
+        allocation="erk", lr=1e-2, samples=2048, weight_decay=0.1, cuts=50, until=0.7
+    ),
+    "magnitude erk 0.01, decay 0.3": Ours("magnitude", allocation="erk", lr=1e-2, weight_decay=0.3),
+    "magnitude erk 0.02, decay": Ours("magnitude", allocation="erk", lr=2e-2, weight_decay=0.1),
 }
 METHODS = (*PEERS, "ours")
 NAMED = ("one-shot", "iterative", "random")

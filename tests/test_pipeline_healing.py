@@ -16,12 +16,22 @@ from secateurs.checkpoints import Checkpoints
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
 from secateurs.penalties import Penalty
-from secateurs.pipeline import Stage, prune_stages
+from secateurs.pipeline import Stage, prune_stages, repairing
 from secateurs.pipeline.onlooking import work_of
+from secateurs.pipeline.run import Run
+from secateurs.posttraining import Won
 from secateurs.recipe import parse_recipe
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
-from secateurs.tickets import AtInit, TicketSearch, find_ticket, prune_at_init, train_ticket
+from secateurs.surgery import verify
+from secateurs.tickets import (
+    AtInit,
+    TicketSearch,
+    find_ticket,
+    prune_at_init,
+    reinitialise_sparse_,
+    train_ticket,
+)
 from secateurs.types import Budget
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -58,6 +68,51 @@ def test_a_repair_brings_the_cut_model_back_to_the_dense_one() -> None:
             away[repair] = (result.model(X) - model(X)).square().mean().item()
     assert away["reconstruct",] < 0.5 * away[()]
     assert away["bias",] < away[()]
+
+
+@pytest.mark.parametrize(
+    ("options", "dense"),
+    [
+        ({"schedule": Schedule("linear", 2), "finetune": Finetune(steps=4, lr=0.1)}, (True, False)),
+        ({"schedule": ONCE, "prepare": Finetune(steps=4, lr=0.1)}, (False,)),
+        ({"schedule": Schedule("linear", 2)}, (True, True)),
+    ],
+)
+def test_a_repair_undoes_no_training(
+    options: dict[str, Any], dense: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = mlp(), []
+
+    def look(run: Any, whole: nn.Module) -> Won:
+        like_dense = all(map(torch.equal, whole.parameters(), model.parameters()))
+        cut = {n: w * run.cut_plan.masks.get(n, 1) for n, w in whole.named_parameters()}
+        assert all(torch.equal(w, cut[n]) for n, w in run.work.named_parameters())
+        seen.append(like_dense)
+        return Won("looked", {}, {}, 0, 0.0, (), ())
+
+    monkeypatch.setitem(repairing.DO, "reconstruct", look)
+    run(model, budget=Budget(units=0.5), criterion="l2_norm", repair=("reconstruct",), **options)
+    assert tuple(seen) == dense
+
+
+@pytest.mark.parametrize("cut", [{"at_init": AtInit("snip")}, WEIGHTS])
+def test_what_comes_back_begins_where_it_was_before_the_cut(
+    cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = mlp(), []
+    true = Run.heal
+
+    def heal(self: Run, stage: Stage, recut: Any = None, before: Any = None) -> Any:
+        given.append(before)
+        return true(self, stage, recut, before)
+
+    monkeypatch.setattr(Run, "heal", heal)
+    run(
+        model, budget=Budget(params=0.4), finetune=Finetune(steps=4), regrow=Regrow("dpf", every=2),
+        **{"granularity": "weight", **cut},
+    )  # fmt: skip
+    (before,) = given
+    assert all(torch.equal(before[n], w) for n, w in model.named_parameters())
 
 
 def test_norms_are_measured_again_and_the_report_says_what_it_won() -> None:
@@ -203,6 +258,48 @@ def test_a_stage_prunes_at_initialisation_and_trains() -> None:
         assert result.history[0].steps == 12
 
 
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_what_is_left_at_initialisation_is_drawn_anew(granularity: str) -> None:
+    how = AtInit("snip", reinitialise=True)
+    given: dict[str, Any] = {"budget": Budget(params=0.3), "granularity": granularity, "seed": 4}
+    result = run(mlp(norm=True), at_init=how, **given)
+    plain = run(mlp(norm=True), at_init=AtInit("snip"), **given)
+    assert {n: r.tolist() for n, r in result.plan.removed.items()} == {
+        n: r.tolist() for n, r in plain.plan.removed.items()
+    }
+    by_hand = mlp(norm=True)
+    rows = reinitialise_sparse_(by_hand, plain.plan.masks, seed=4)
+    for name, weight in by_hand.state_dict().items():
+        assert torch.equal(result.masked.state_dict()[name], weight)
+    assert not torch.equal(
+        by_hand.get_parameter("0.weight"), plain.masked.get_parameter("0.weight")
+    )
+    verify(by_hand, result.model, result.plan, X)
+    assert [row.done for row in rows].count("scaled") == 2
+    (note,) = (note for note in result.report.notes if "drawn anew" in note)
+    assert note.startswith("after the cut 2 parameters were drawn anew and scaled")
+    assert note.endswith("4 drawn as their modules do it")
+    assert not any("drawn anew" in note for note in plain.report.notes)
+
+
+def test_weights_that_cannot_be_drawn_anew_are_named() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    result = run(
+        nn.Sequential(Scaled(), mlp()), budget=Budget(params=0.3), granularity="weight",
+        at_init=AtInit(reinitialise=True),
+    )  # fmt: skip
+    left = "0.scale was not drawn anew: Scaled has no reset_parameters()"
+    assert left in result.report.notes
+    assert torch.equal(result.masked.get_parameter("0.scale"), torch.ones(6))
+
+
 def test_a_stage_finds_a_ticket_and_trains_it() -> None:
     given: dict[str, Any] = {"granularity": "weight", "criterion": "magnitude"}
     result = run(
@@ -244,6 +341,11 @@ def test_a_stage_finds_a_ticket_and_trains_it() -> None:
 def test_what_cannot_start_is_said_before(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(mlp(), **{"budget": Budget(params=0.3), **options})
+
+
+def test_drawing_anew_is_a_switch() -> None:
+    with pytest.raises(ConfigError, match="reinitialise must be True or False, got 'yes'"):
+        AtInit(reinitialise="yes")  # type: ignore[arg-type]
 
 
 def test_only_the_first_stage_starts() -> None:

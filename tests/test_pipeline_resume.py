@@ -17,6 +17,7 @@ from secateurs.errors import ConfigError, FileFormatError
 from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage, prune, prune_stages
 from secateurs.pipeline.packing import pack, unpack
+from secateurs.posttraining import FisherSearch
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -79,6 +80,13 @@ CASES: dict[str, list[Stage]] = {
             finetune=SGD, regrow=Regrow("set", every=3),
         )
     ],
+    "at init, drawn anew": [
+        Stage(HALF, granularity="weight", at_init=AtInit(reinitialise=True), finetune=SGD)
+    ],
+    "fisher masks": [
+        Stage(HALF, fisher_masks=FisherSearch(importance="any_output"), finetune=SGD),
+        Stage(Budget(units=0.4), schedule=Schedule("linear", 1)),
+    ],
     "ticket": [
         Stage(
             HALF, granularity="weight", criterion="magnitude", finetune=SGD,
@@ -118,6 +126,19 @@ def test_a_resumed_run_does_less(tmp_path: Path) -> None:
     assert run(stages, calls - 3, kept)[0] is None
     assert run(stages, 0, kept, resume=True)[1] < calls / 2
     assert run(stages, 0, kept, resume=True)[1] < calls / 3  # what was done is only measured again
+
+
+def test_masks_are_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once they are found there is a checkpoint, however seldom these are asked for."""
+    stages = [Stage(HALF, fisher_masks=FisherSearch(), finetune=SGD)]
+    expected, calls = run(stages)
+    kept = Checkpoints(tmp_path, every=1000)
+    assert run(stages, calls - 14, kept)[0] is None  # within the training; the report takes 10
+    assert len(kept.files) == 1
+    monkeypatch.setattr("secateurs.pipeline.fisher.search_masks", None)
+    assert run(stages, 0, kept, resume=True)[0] == expected
+    with pytest.raises(TypeError):
+        run(stages)
 
 
 def test_prune_takes_checkpoints_too(tmp_path: Path) -> None:

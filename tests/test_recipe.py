@@ -13,6 +13,7 @@ import yaml
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
 from secateurs.imports import import_function
+from secateurs.posttraining import FisherSearch
 from secateurs.recipe import Recipe, override, parse_recipe, read_recipe
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -219,6 +220,10 @@ INIT: dict[str, Any] = {
     "task": "a", "start": "untrained", "granularity": "weight", "budget": {"params": 0.1},
     "at_init": "force",
 }  # fmt: skip
+FISHER: dict[str, Any] = {
+    "task": "a", "budget": {"macs": 0.5}, "fisher_masks": {"tune": None, "n_samples": 64},
+    "finetune": {"epochs": 2, "distill": 0.5},
+}  # fmt: skip
 LOTTERY: dict[str, Any] = {
     "task": "a", "granularity": "weight", "budget": {"params": 0.1}, "criterion": "magnitude",
     "ticket": {"rounds": 4, "rewind": 0.1, "reset": "lr"}, "finetune": {"epochs": 2},
@@ -230,9 +235,23 @@ def test_pruning_at_initialisation() -> None:
     assert recipe.all_stages()[0].at_init == AtInit("force")
     found = recipe.resolved()
     assert found["start"] == "untrained"
-    assert found["at_init"] == {"method": "force"}
+    assert found["at_init"] == {"method": "force", "reinitialise": False}
     assert not {"criterion", "allocation", "schedule", "round_to"} & set(found)
     assert "start" not in parse_recipe(GOOD).resolved()
+
+
+def test_masks_by_fisher_information() -> None:
+    recipe = parse_recipe(FISHER)
+    assert recipe.all_stages()[0].fisher_masks == FisherSearch(tune=None, n_samples=64)
+    found = recipe.resolved()
+    assert found["fisher_masks"] == {
+        "rearrange": True, "tune": None, "importance": "loss", "damping": 0.01, "n_samples": 64,
+    }  # fmt: skip
+    assert found["round_to"] == "auto"
+    assert not {"criterion", "allocation", "schedule", "repair", "homogeneous"} & set(found)
+    assert "fisher_masks" not in parse_recipe(GOOD).resolved()
+    plain = parse_recipe({**FISHER, "fisher_masks": {}})
+    assert plain.all_stages()[0].fisher_masks == FisherSearch()
 
 
 def test_a_ticket() -> None:
@@ -255,6 +274,21 @@ def test_a_ticket() -> None:
         ({**INIT, "criterion": "taylor"}, "criterion: at_init does not read it: leave it away"),
         ({**INIT, "at_init": {"methd": "snip"}}, "at_init.methd: unknown key. Did you mean "
          "'method'?"),
+        ({**INIT, "at_init": {"reinitialize": True}}, "at_init.reinitialize: unknown key. Did you "
+         "mean 'reinitialise'?"),
+        ({**FISHER, "start": "untrained"},
+         "fisher_masks: is for a trained network: leave start away, or take at_init"),
+        ({**FISHER, "criterion": "taylor"},
+         "criterion: fisher_masks does not read it: leave it away"),
+        ({"task": "a", "stages": [{k: FISHER[k] for k in ("budget", "fisher_masks")}
+                                  | {"allocation": "uniform"}]},
+         "stages.0.allocation: fisher_masks does not read it: leave it away"),
+        ({**FISHER, "fisher_masks": {"rearange": False}}, "fisher_masks.rearange: unknown key. Did "
+         "you mean 'rearrange'?"),
+        ({**FISHER, "fisher_masks": {"damping": 0.5}},
+         "fisher_masks: damping= is of tune='scales', and tune='weights': leave it away"),
+        ({**FISHER, "fisher_masks": {"importance": "any"}},
+         "fisher_masks.importance: got 'any', should be 'loss' or 'any_output'"),
         ({**LOTTERY, "ticket": {"round": 3}}, "ticket.round: unknown key. Did you mean 'rounds'?"),
         ({**INIT, "finetune": {"distill": 0.5}},
          "finetune: an untrained network teaches nothing: no distill, no hidden"),
@@ -332,6 +366,9 @@ STAGES: dict[str, Any] = {
         GOOD,
         STAGES,
         INIT,
+        {**INIT, "at_init": {"method": "snip", "reinitialise": True}},
+        FISHER,
+        {**FISHER, "round_to": 4, "fisher_masks": {"tune": "scales", "damping": 1, "shrink": 0}},
         LOTTERY,
         {
             "task": "a",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from secateurs.pipeline import Stage as Stage
     from secateurs.pipeline import prune as prune
     from secateurs.pipeline import prune_stages as prune_stages
+    from secateurs.posttraining import FisherSearch as FisherSearch
     from secateurs.posttraining import compensate_bias as compensate_bias
     from secateurs.posttraining import prune_layerwise as prune_layerwise
     from secateurs.posttraining import recalibrate_norms as recalibrate_norms
@@ -106,6 +107,7 @@ _ROOMS = {
     "prune_stages": "pipeline",
     "Stage": "pipeline",
     "compensate_bias": "posttraining",
+    "FisherSearch": "posttraining",
     "prune_layerwise": "posttraining",
     "recalibrate_norms": "posttraining",
     "reconstruct": "posttraining",

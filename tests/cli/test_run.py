@@ -304,7 +304,8 @@ def test_several_processes_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = run(*verb)
-    assert (code, out) == (2, "") and "WORLD_SIZE=2: this command works in one process" in err
+    assert (code, out) == (2, "")
+    assert "WORLD_SIZE=2: this command works in one process" in err
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert run("tasks")[0] == 0

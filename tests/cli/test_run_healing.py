@@ -20,6 +20,7 @@ RECIPES = {
     "synflow": BEGIN + TRAIN + "criterion: synflow\nschedule: {curve: exponential, steps: 5}\n"
     "round_to: 1\n",
     "at_init": BEGIN + TRAIN + "at_init: {method: force, iterations: 4}\n",
+    "anew": BEGIN + TRAIN + "at_init: {method: synflow, reinitialise: true}\n",
     "ticket": BEGIN + TRAIN + "criterion: magnitude\nticket: {rounds: 2, rewind: 0.1}\n",
 }
 
@@ -74,6 +75,7 @@ def test_the_log_changes_nothing(folder: Path) -> None:
     ("name", "text"),
     [
         ("at_init", "AtInit(method='force', iterations=4)"),
+        ("anew", "AtInit(method='synflow', reinitialise=True)"),
         ("ticket", "TicketSearch(rounds=2, rewind=0.1, reset='weights')"),
         ("synflow", "Schedule(curve='exponential', steps=5"),
     ],

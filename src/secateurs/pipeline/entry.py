@@ -113,8 +113,9 @@ def prune(
         budget, threshold, criterion, granularity, schedule, finetune: see `Stage`.
         evaluate: `evaluate(model)` on validation data; a float or a dict.
         **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control`, `max_drop`,
-            `allow_missed`, `prepare`, `penalty`, `repair`, `regrow`, `at_init`, `ticket` as in
-            `Stage`, and the options of `prune_stages` (`include` and `exclude` among them).
+            `allow_missed`, `prepare`, `penalty`, `repair`, `regrow`, `at_init`, `ticket`,
+            `fisher_masks` as in `Stage`, and the options of `prune_stages` (`include` and
+            `exclude` among them).
 
     Raises:
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from secateurs.controls import CONTROLS
@@ -15,25 +15,30 @@ from secateurs.types import Budget, expand_granularity
 if TYPE_CHECKING:
     from secateurs.pipeline.stage import Stage
 
-__all__ = ["REPAIRS", "TRIES", "late_starts", "problems", "unread_by"]
+__all__ = ["REPAIRS", "TRIES", "WHOLE_CUTS", "late_starts", "problems", "unread_by"]
 
 REPAIRS = ("bias", "reconstruct", "norms")
 """What `repair` may name, see `secateurs.pipeline.repairing`."""
 TRIES = 20
 """Steps at most towards `Budget(metric_drop=)` without sizes; `Schedule(steps=)` says otherwise."""
+WHOLE_CUTS = ("at_init", "ticket", "fisher_masks")
+"""Fields that each say how the whole cut of a stage is made, in place of steps."""
 NEVER_TOO = {
     "threshold": None, "schedule": None, "control": None, "max_drop": None, "allow_missed": False,
-    "prepare": None, "penalty": None, "repair": (), "round_to": "auto", "homogeneous": False,
+    "prepare": None, "penalty": None, "repair": (), "homogeneous": False,
 }  # fmt: skip
-"""Fields that neither `at_init` nor `ticket` reads, and their defaults."""
+"""Fields that none of `WHOLE_CUTS` reads, and their defaults."""
+NOR: Mapping[str, Mapping[str, Any]] = {
+    "at_init": {"round_to": "auto", "criterion": "taylor", "allocation": "uniform"},
+    "ticket": {"round_to": "auto", "regrow": None},
+    "fisher_masks": {"criterion": "taylor", "allocation": "uniform", "regrow": None},
+}
+"""One of `WHOLE_CUTS` -> what it does not read besides."""
 
 
 def unread_by(name: str) -> dict[str, Any]:
-    """Fields that "at_init" or "ticket" does not read, and their defaults."""
-    own = (
-        {"criterion": "taylor", "allocation": "uniform"} if name == "at_init" else {"regrow": None}
-    )
-    return {**NEVER_TOO, **own}
+    """Fields that one of `WHOLE_CUTS` does not read, and their defaults."""
+    return {**NEVER_TOO, **NOR[name]}
 
 
 def problems(stage: Stage) -> Iterator[str]:
@@ -53,14 +58,17 @@ def problems(stage: Stage) -> Iterator[str]:
 
 
 def _start_problems(stage: Stage) -> Iterator[str]:
-    """What keeps pruning before training, or the search for a ticket, from working."""
-    name = "at_init" if stage.at_init is not None else "ticket"
-    if stage.at_init is None and stage.ticket is None:
+    """What keeps a cut that one method decides as a whole from working."""
+    name = stage.decided_by
+    if name is None:
         return
-    if stage.at_init is not None and stage.ticket is not None:
-        yield "at_init and ticket each say how the whole cut is made: give one of them"
+    several = [other for other in WHOLE_CUTS if getattr(stage, other) is not None]
+    if len(several) > 1:
+        yield f"{' and '.join(several)} each say how the whole cut is made: give one of them"
     if stage.at_init is not None:
         check_at_init(stage.at_init.method, stage.at_init.iterations, None, stage.granularity)
+    elif stage.fisher_masks is not None:
+        yield from _fisher_problems(stage)
     else:
         if stage.finetune is None or 0 in (stage.finetune.epochs, stage.finetune.steps):
             yield "ticket= trains the network in every round: give finetune="
@@ -73,12 +81,31 @@ def _start_problems(stage: Stage) -> Iterator[str]:
         yield f"{name}= needs a budget in units, params, macs or bytes alone"
 
 
+def _fisher_problems(stage: Stage) -> Iterator[str]:
+    """What masks by Fisher information are not for."""
+    if "weight" in expand_granularity(stage.granularity):
+        yield "fisher_masks= cuts units, no single weights: take another granularity"
+    if stage.wants_drop:
+        yield (
+            'fisher_masks= cuts once, to a size; metric_drop and "auto" go down in steps: give a '
+            "size, as in Budget(macs=0.5), and try several (`secateurs search` does), or leave "
+            "fisher_masks away"
+        )
+    if stage.wants_latency:
+        yield (
+            "fisher_masks= makes one model and times none, so latency_ms could be missed: give "
+            "a budget in macs, or leave fisher_masks away"
+        )
+
+
 def late_starts(stages: Sequence[Stage]) -> Iterator[str]:
-    """Stages that would begin from the start although something is cut and trained already."""
+    """Stages that want a whole network although something is cut already."""
     for number, stage in enumerate(stages[1:], start=2):
-        if stage.from_start:
-            name = "at_init" if stage.at_init is not None else "ticket"
-            yield f"stage {number}: {name} begins with a whole network: make it the first stage"
+        if stage.decided_by is not None:
+            yield (
+                f"stage {number}: {stage.decided_by} begins with a whole network: make it the "
+                "first stage"
+            )
 
 
 def _control_problems(stage: Stage, control: str) -> Iterator[str]:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from torch import nn
+
 from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
 from secateurs.posttraining import Won, compensate_bias, recalibrate_norms, reconstruct
 
 __all__ = ["repair"]
 
-DO: Mapping[str, Callable[[Run], Won]] = {
-    "bias": lambda run: compensate_bias(
-        run.work, run.model, run.cut_plan, run.samples, graph=run.graph, evaluate=run.evaluate
+DO: Mapping[str, Callable[[Run, nn.Module], Won]] = {
+    "bias": lambda run, whole: compensate_bias(
+        run.work, whole, run.cut_plan, run.samples, graph=run.graph, evaluate=run.evaluate
     ),
-    "reconstruct": lambda run: reconstruct(
-        run.work, run.model, run.cut_plan, run.samples, evaluate=run.evaluate
+    "reconstruct": lambda run, whole: reconstruct(
+        run.work, whole, run.cut_plan, run.samples, evaluate=run.evaluate
     ),
-    "norms": lambda run: recalibrate_norms(
+    "norms": lambda run, whole: recalibrate_norms(
         run.work, run.samples, masks=run.cut_plan, evaluate=run.evaluate
     ),
 }
 """One of `REPAIRS` -> what it does to the model that was cut."""
 
 
-def repair(run: Run, stage: Stage) -> None:
-    """Mend what the last cut of a stage broke, in the order that was given; say what it won."""
+def repair(run: Run, stage: Stage, whole: nn.Module) -> None:
+    """Mend what the last cut of a stage broke, in the order that was given; say what it won.
+
+    `whole` is what the model shall be like: itself before the cut if it was trained since it came,
+    so that no training is undone; else the dense model, so that errors do not add up.
+    """
     for name in stage.repair:
         run.tell(f"repair: {name}")
-        won = DO[name](run)
+        won = DO[name](run, whole)
         run.notes += [f"after cut {len(run.steps) + 1}: {won.text()}", *won.notes]

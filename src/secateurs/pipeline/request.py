@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from secateurs.pipeline.fitting import late_starts
 from secateurs.pipeline.regrowing import mixed_stages
 from secateurs.pipeline.resolving import check_budget
 from secateurs.pipeline.stage import Stage
+from secateurs.posttraining import FisherSearch
 from secateurs.schedules import Schedule
 from secateurs.statistics import check_fits, make_job
 from secateurs.tickets import AtInit, TicketSearch
@@ -168,13 +169,15 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
             f"it has {', '.join(found) or 'no prunable part'}{'. ' * bool(reasons)}{reasons}"
         )
     asked, params = get_combination(stage.judged_by), check_fits(model, targets)
-    for part in asked.parts:
-        job = make_job(part, targets, model, params, stage.granularity)
+    if stage.fisher_masks is None:
+        for part in asked.parts:
+            job = make_job(part, targets, model, params, stage.granularity)
+        targets = job.targets
     if stage.threshold is not None:
         return
     if stage.allocation == "sensitivity":  # its curves are not measured yet
         stage = replace(stage, allocation="uniform")
-    blank = Scores(graph, {t.name: torch.zeros(t.n_units) for t in job.targets}, asked.label)
+    blank = Scores(graph, {t.name: torch.zeros(t.n_units) for t in targets}, asked.label)
     if stage.searches:
         stage.allocated(blank, Budget(**{stage.smallest_in: 1.0}))
         counts = stage.fewest(blank)
@@ -184,24 +187,29 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
         counts = stage.allocated(blank, stage.asked_along(1.0, graph))
     if stage.wants_latency:
         return
-    if all(counts.kept[t.name] == t.n_units for t in job.targets):
+    if all(counts.kept[t.name] == t.n_units for t in targets):
         raise BudgetError(
             f"{given(stage.budget)} removes nothing: the dense model is within it already"
         )
 
 
-def given(asked: Budget | Threshold | Schedule | AtInit | TicketSearch | str | None) -> str:
+def given(
+    asked: Budget | Threshold | Schedule | AtInit | TicketSearch | FisherSearch | str | None,
+) -> str:
     """A budget, threshold, schedule, ... with the fields that were given."""
     if isinstance(asked, str):
         return f"budget={asked!r}"
     plain = {f.name: f.default for f in fields(asked)} if asked is not None else {}
-    shown = {
-        name: value
-        for name, value in vars(asked).items()
-        if value is not None and not (isinstance(value, bool) and value is plain[name])
-    }
+    shown = {name: value for name, value in vars(asked).items() if _says(value, plain[name])}
     inner = ", ".join(f"{k}={v!r}" for k, v in shown.items())
     return f"{type(asked).__name__}({inner})"
+
+
+def _says(value: object, default: object) -> bool:
+    """Whether a field is worth showing: neither left out, nor a switch left as it is."""
+    if value is None:
+        return default is not None and default is not MISSING
+    return not isinstance(value, bool) or value is not default
 
 
 @contextmanager

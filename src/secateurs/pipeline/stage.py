@@ -16,7 +16,8 @@ from secateurs.errors import BudgetError, ConfigError, choose
 from secateurs.finetuning import Finetune
 from secateurs.latency import LatencyTable
 from secateurs.penalties import Penalty
-from secateurs.pipeline.fitting import TRIES, problems
+from secateurs.pipeline.fitting import TRIES, WHOLE_CUTS, problems
+from secateurs.posttraining import FisherSearch
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -65,7 +66,8 @@ class Stage:
             before, at the final budget; those units are pushed to zero, and the cuts of the stage
             follow that ranking, so that exactly they go.
         repair: what mends the model right after each cut, without training and in this order:
-            "bias", "reconstruct", "norms". See `secateurs.posttraining`.
+            "bias", "reconstruct", "norms". See `secateurs.posttraining`. What it shall be like
+            again is the model before the cut if there was any training, else the dense one.
         regrow: for single weights: how their masks move while `finetune` heals. The plan is then
             that of the end.
         at_init: how the untrained network is cut, in place of criterion, allocation and schedule;
@@ -73,6 +75,11 @@ class Stage:
         ticket: how a lottery ticket is looked for, in place of a schedule: each round is a training
             by `finetune`, scored by `criterion`; at the end the ticket is trained once more. Only
             the first stage can have it.
+        fisher_masks: how the trained network is cut by `search_masks`, in place of criterion,
+            allocation, schedule and repair: masks by Fisher information, rearranged, what is left
+            tuned, without training; `finetune` may then heal the rest. Budgets in sizes only;
+            `round_to="auto"` is 1 here, with which the search is exact. Only the first stage can
+            have it.
 
     Raises:
         ConfigError: a name or a figure is wrong.
@@ -97,6 +104,7 @@ class Stage:
     regrow: Regrow | None = None
     at_init: AtInit | None = None
     ticket: TicketSearch | None = None
+    fisher_masks: FisherSearch | None = None
 
     def __post_init__(self) -> None:
         for name, kind, example in (
@@ -109,6 +117,7 @@ class Stage:
             ("regrow", Regrow, 'Regrow("rigl")'),
             ("at_init", AtInit, 'AtInit("synflow")'),
             ("ticket", TicketSearch, "TicketSearch(rounds=3)"),
+            ("fisher_masks", FisherSearch, "FisherSearch()"),
         ):
             value = getattr(self, name)
             if name == "budget" and value == "auto":
@@ -207,7 +216,7 @@ class Stage:
         try:
             return allocate(
                 scores, asked, method=self.allocation, min_keep=self.min_keep,
-                round_to=self.round_to, homogeneous=self.homogeneous, null=null,
+                round_to=self.multiples, homogeneous=self.homogeneous, null=null,
                 sensitivity=sensitivity, latency=latency, previous=previous,
             )  # fmt: skip
         except BudgetError:
@@ -217,10 +226,10 @@ class Stage:
 
     def fewest(self, scores: Scores, previous: Plan | None = None) -> Counts:
         """Counts when every target keeps as few units as it may."""
-        frame = make_frame(scores, self.min_keep, self.round_to, self.homogeneous, previous)
+        frame = make_frame(scores, self.min_keep, self.multiples, self.homogeneous, previous)
         least = sum(frame.expand(frame.low).values())
         return allocate(
-            scores, Budget(units=least), min_keep=self.min_keep, round_to=self.round_to,
+            scores, Budget(units=least), min_keep=self.min_keep, round_to=self.multiples,
             homogeneous=self.homogeneous, previous=previous,
         )  # fmt: skip
 
@@ -238,8 +247,8 @@ class Stage:
 
     @property
     def steps(self) -> Schedule:
-        """The schedule; by default five cubic steps to a budget, one shot for a threshold and for
-        `at_init` and `ticket`.
+        """The schedule; by default five cubic steps to a budget, one shot for a threshold and
+        where one method decides the whole cut.
 
         For `Budget(metric_drop=)` up to 20 steps that each leave 80 %.
         """
@@ -247,13 +256,19 @@ class Stage:
             return self.schedule
         if self.wants_drop:
             return Schedule("exponential", TRIES)
-        once = self.threshold is not None or self.from_start
+        once = self.threshold is not None or self.decided_by is not None
         return Schedule("one_shot", 1) if once else Schedule()
 
     @property
-    def from_start(self) -> bool:
-        """Whether the cut is made for a training from the start: by `at_init` or `ticket`."""
-        return self.at_init is not None or self.ticket is not None
+    def decided_by(self) -> str | None:
+        """Which of `WHOLE_CUTS` decides the whole cut, in place of steps; None for none."""
+        return next((name for name in WHOLE_CUTS if getattr(self, name) is not None), None)
+
+    @property
+    def multiples(self) -> RoundTo:
+        """`round_to`; with `fisher_masks`, "auto" is 1."""
+        exact = self.fisher_masks is not None and self.round_to == "auto"
+        return 1 if exact else self.round_to
 
     def asked_at(self, step: int, graph: Graph, dense_ms: float = 0.0) -> Budget | Threshold:
         """The budget of a step, from the schedule; a threshold is the same at every step."""

@@ -1,5 +1,5 @@
 """How a run goes through a stage: rounds of cut and heal, cuts inside one training, a descent, or
-one cut for a training from the start.
+one cut that a single method decides.
 
 Each of them is a `Walk`: it ends with the ranking and the counts of the last step that was
 kept, and can be left and resumed.
@@ -17,6 +17,7 @@ from secateurs.controls import reinitialise_
 from secateurs.errors import BudgetError, DataError
 from secateurs.finetuning import clock_of, restore_
 from secateurs.pipeline.descent import Descent, unchanged
+from secateurs.pipeline.fisher import cut_by_fisher
 from secateurs.pipeline.onlooking import length, work_of
 from secateurs.pipeline.points import Point, Ranking
 from secateurs.pipeline.preparing import prepare
@@ -28,7 +29,7 @@ from secateurs.pipeline.walk import End, Walk
 from secateurs.pipeline.widths import measure_widths
 from secateurs.surgery import shrink
 from secateurs.surgery.shrinking import info_of
-from secateurs.tickets import Ticket, find_ticket, train_ticket
+from secateurs.tickets import FreshRow, Ticket, find_ticket, reinitialise_sparse_, train_ticket
 from secateurs.tickets.densities import COLLAPSE
 from secateurs.tickets.initial import cut_at_init
 from secateurs.tickets.lottery import rewind_step
@@ -71,6 +72,8 @@ def cut_stage(run: Run, number: int, stage: Stage) -> None:
         walk = FromInit(run, stage, samples)
     elif stage.ticket is not None:
         walk = Lottery(run, stage, samples)
+    elif stage.fisher_masks is not None:
+        walk = ByFisher(run, stage, samples)
     elif stage.steps.every is not None:
         walk = Within(run, stage, samples)
     else:
@@ -193,6 +196,7 @@ class FromInit(Rounds):
         run, stage, how = self.run, self.stage, self.stage.at_init
         assert how is not None
         assert isinstance(stage.budget, Budget)
+        self.look_back()
         plan, scores, counts = cut_at_init(
             run.work, self.samples, run.loss_fn, budget=stage.budget, method=how.method,
             iterations=how.iterations, batches_per_iteration=how.batches_per_iteration,
@@ -201,7 +205,39 @@ class FromInit(Rounds):
         )  # fmt: skip
         run.adopt(plan)
         run.notes += [f"{name}: {text}" for name, text in plan.reasons.items() if COLLAPSE in text]
+        if how.reinitialise:
+            rows = reinitialise_sparse_(run.work, plan.masks, run.seed)
+            run.notes += _drawn_anew(rows)
         return Ranking(scores), counts
+
+
+def _drawn_anew(rows: Sequence[FreshRow]) -> list[str]:
+    """What a reader should know of weights that were drawn again after the cut."""
+    done = [sum(row.done == what for row in rows) for what in ("scaled", "drawn")]
+    notes = [
+        f"after the cut {done[0]} parameters were drawn anew and scaled by the inputs that are "
+        f"left, {done[1]} drawn as their modules do it"
+    ]
+    return notes + [
+        f"{row.tensor} was not drawn anew: {row.why}" for row in rows if row.done == "left"
+    ]
+
+
+@dataclass
+class ByFisher(Rounds):
+    """One cut of the trained network by `search_masks`; then the training, if there is one.
+
+    A run that is interrupted within the search starts the search anew, with the same result; after
+    it there is a checkpoint.
+    """
+
+    def remove(self) -> bool:
+        done = super().remove()
+        self.run.leave(must=True)
+        return done
+
+    def cut(self, step: int) -> End:
+        return cut_by_fisher(self.run, self.stage, self.samples)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from secateurs.pipeline.repairing import repair
 from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
 from secateurs.regrowth import RULES
+from secateurs.surgery.verification import copied
 from secateurs.types import Batches, Counts
 
 __all__ = ["End", "Walk"]
@@ -74,12 +75,19 @@ class Walk(ABC):
         self.take(ranking, counts, must=step == stage.steps.steps)
         return ranking, counts
 
+    def look_back(self) -> None:
+        """Before a cut: remember the weights if removed ones may come back with their values."""
+        regrow = self.stage.regrow
+        if regrow is not None and RULES[regrow.rule].dense:
+            self.before = snapshot(self.run.work)
+
     def take(self, ranking: Ranking, counts: Counts, *, must: bool) -> None:
         """Select and zero what goes, and repair what can be repaired without training."""
-        run, regrow = self.run, self.stage.regrow
+        run = self.run
         gone = 0 if run.plan is None else run.plan.n_removed
-        if regrow is not None and RULES[regrow.rule].dense:
-            self.before = snapshot(run.work)
+        self.look_back()
+        trained = bool(self.stage.repair and run.history)
+        whole = copied(run.work) if trained else run.model
         run.take(ranking, counts, must=must)
         if run.cut_plan.n_removed > gone:
-            repair(run, self.stage)
+            repair(run, self.stage, whole)

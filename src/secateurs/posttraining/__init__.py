@@ -11,6 +11,7 @@ it was if it fails, and returns what it `Won`.
 """
 
 from secateurs.posttraining.bias import compensate_bias
+from secateurs.posttraining.config import FisherSearch
 from secateurs.posttraining.fisher_gates import GateFisher, any_output, gate_fisher
 from secateurs.posttraining.fisher_search import FisherMasks, search_masks
 from secateurs.posttraining.layerwise import prune_layerwise
@@ -22,6 +23,7 @@ from secateurs.posttraining.won import Won
 
 __all__ = [
     "FisherMasks",
+    "FisherSearch",
     "GateFisher",
     "Won",
     "any_output",

@@ -34,7 +34,7 @@ from secateurs.statistics.gates import GateSums, probe_gates
 from secateurs.statistics.units import check_fits, members_of, one_sample, some_samples
 from secateurs.types import Batch, Batches, Graph, GroupTarget, LossFn, Scores
 
-__all__ = ["GateFisher", "any_output", "first_samples", "gate_fisher"]
+__all__ = ["GateFisher", "any_output", "check_n_samples", "first_samples", "gate_fisher"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +133,7 @@ def first_samples(batches: Batches, n_samples: int, device: torch.device) -> lis
         ConfigError: fewer than one sample is asked for.
         DataError: there are no batches, or not of `(inputs, targets)`.
     """
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
-        raise ConfigError(f"n_samples must be a whole number, at least 1, got {n_samples!r}")
+    check_n_samples(n_samples)
     held: list[Batch] = []
     left = n_samples
     for batch in iterate(batches, device):
@@ -144,6 +143,16 @@ def first_samples(batches: Batches, n_samples: int, device: torch.device) -> lis
         if left == 0:
             break
     return held
+
+
+def check_n_samples(n_samples: int) -> None:
+    """Raise unless there is a sample.
+
+    Raises:
+        ConfigError: fewer than one is asked for.
+    """
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+        raise ConfigError(f"n_samples must be a whole number, at least 1, got {n_samples!r}")
 
 
 def gate_fisher(

@@ -14,28 +14,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from secateurs.allocation.problem import Latency
 from secateurs.allocation.rounding import RoundTo
 from secateurs.batches import check_batches, model_device
-from secateurs.errors import choose
+from secateurs.errors import ConfigError, choose
 from secateurs.finetuning import restore_, snapshot
 from secateurs.masks import apply_masks_, named_tensors
 from secateurs.posttraining.fisher_costs import least_lost
-from secateurs.posttraining.fisher_gates import GateFisher, first_samples, gate_fisher
+from secateurs.posttraining.fisher_gates import (
+    GateFisher,
+    check_n_samples,
+    first_samples,
+    gate_fisher,
+)
 from secateurs.posttraining.measuring import Judge, restoring
+from secateurs.posttraining.rearranging import check_shrink
 from secateurs.posttraining.rearranging import rearrange as rearranged
 from secateurs.posttraining.reconstruction import reconstruct
-from secateurs.posttraining.scaling import tune_scales_
+from secateurs.posttraining.scaling import DAMPING, check_damping, tune_scales_
 from secateurs.posttraining.won import Won
 from secateurs.selection import select
 from secateurs.surgery.verification import copied
 from secateurs.types import Batch, Batches, Budget, Counts, Evaluate, Graph, LossFn, Plan, Scores
 
-__all__ = ["FisherMasks", "search_masks"]
+__all__ = ["FisherMasks", "Tune", "check_fisher", "search_masks"]
+
+Tune = Literal["weights", "scales"]
+"""What is solved so that the units that stay answer for the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +82,10 @@ def search_masks(
     budget: Budget,
     granularity: str | Iterable[str] = "structured",
     rearrange: bool = True,
-    tune: Literal["weights", "scales"] | None = "weights",
+    tune: Tune | None = "weights",
     importance: LossFn | None = None,
     shrink: float | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     min_keep: int = 1,
     round_to: RoundTo = 1,
     latency: Latency | None = None,
@@ -108,8 +117,8 @@ def search_masks(
             (`tune_scales_`), as in the paper; None leaves this step out.
         importance: the loss whose derivatives say what matters; None for `loss_fn`. `any_output()`
             for a network that has learned nearly all of the samples.
-        shrink: as in `rearrange`.
-        damping: of scales, as in `tune_scales_`.
+        shrink: as in `rearrange`, and read by this step only.
+        damping: as in `tune_scales_`, and read by tune="scales" only.
         min_keep, round_to, latency: as in `allocate`; the search is exact with `round_to=1` and a
             budget in one of units, params, MACs and bytes (see `least_lost`).
         evaluate: measures the model before and after each step as well.
@@ -121,12 +130,11 @@ def search_masks(
         `FisherMasks`.
 
     Raises:
-        ConfigError: nothing to cut, or an option out of range.
+        ConfigError: nothing to cut, or an option that is out of range or that no step reads.
         BudgetError: the budget cannot be reached.
         DataError, CaptureError, ScoringError: batches that do not fit, or losses without gradient.
     """
-    if tune is not None:
-        choose(tune, ["weights", "scales"], "tune")
+    check_fisher(rearrange, tune, shrink, damping, n_samples)
     check_batches(model, batches, loss_fn)
     held = first_samples(batches, n_samples, model_device(model))
     dense = copied(model)
@@ -148,6 +156,27 @@ def search_masks(
             plan = _rearranged(run, graph, fisher, counts, plan, shrink)
         scales = {} if tune is None else _tuned(run, graph, plan, tune, damping)
     return FisherMasks(plan, counts, fisher, scales, tuple(run.won), (*counts.notes, *run.notes))
+
+
+def check_fisher(
+    rearrange: bool, tune: str | None, shrink: float | None, damping: float, n_samples: int
+) -> None:
+    """Raise unless the options of `search_masks` are in range, and each of them is read.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    if not isinstance(rearrange, bool):
+        raise ConfigError(f"rearrange must be True or False, got {rearrange!r}")
+    if tune is not None:
+        choose(tune, get_args(Tune), "tune")
+    check_shrink(shrink)
+    check_damping(damping)
+    check_n_samples(n_samples)
+    if shrink is not None and not rearrange:
+        raise ConfigError("shrink= is of the rearranging, and rearrange=False: leave it away")
+    if damping != DAMPING and tune != "scales":
+        raise ConfigError(f"damping= is of tune='scales', and tune={tune!r}: leave it away")
 
 
 class _Run:

@@ -14,7 +14,7 @@ from torch import Tensor
 from secateurs.errors import ConfigError, choose
 from secateurs.posttraining.fisher_gates import GateFisher
 
-__all__ = ["rearrange", "shrinkage"]
+__all__ = ["check_shrink", "rearrange", "shrinkage"]
 
 GAIN = 1e-9
 """A swap must win more than this share of the importance of what it swaps: no endless rounding."""
@@ -49,8 +49,7 @@ def rearrange(
         >>> rearrange(GateFisher({"fc": rows}), {"fc": 1}, shrink=0.0)  # the first two cancel
         {'fc': tensor([False, False,  True])}
     """
-    if shrink is not None and not 0.0 <= shrink <= 1.0:
-        raise ConfigError(f"shrink must be in [0, 1], got {shrink!r}")
+    check_shrink(shrink)
     found = {}
     for name, count in kept.items():
         choose(name, fisher.rows, "target of the Fisher information")
@@ -63,6 +62,18 @@ def rearrange(
         share = shrinkage(fisher.rows[name]) if shrink is None else shrink
         found[name] = _swapped(fisher.block(name), stays, share, max_rounds)
     return found
+
+
+def check_shrink(shrink: float | None) -> None:
+    """Raise unless it is None or a share.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    if shrink is not None and (
+        isinstance(shrink, bool) or not isinstance(shrink, (int, float)) or not 0 <= shrink <= 1
+    ):
+        raise ConfigError(f"shrink must be in [0, 1], got {shrink!r}")
 
 
 def shrinkage(rows: Tensor) -> float:

@@ -10,6 +10,7 @@ multiplied into the weights that read the units; no name or shape changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,10 @@ from secateurs.posttraining.measuring import Judge, checked_finite, relative, re
 from secateurs.posttraining.won import Won
 from secateurs.types import Batches, Evaluate, Graph, GroupTarget, LossFn, Member, Plan
 
-__all__ = ["tune_scales_"]
+__all__ = ["DAMPING", "check_damping", "tune_scales_"]
+
+DAMPING = 0.01
+"""How much scales are drawn to 1, unless it is said."""
 
 
 def tune_scales_(
@@ -36,7 +40,7 @@ def tune_scales_(
     batches: Batches,
     *,
     graph: Graph,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     bound: float = 10.0,
     loss_fn: LossFn | None = None,
     evaluate: Evaluate | None = None,
@@ -68,10 +72,9 @@ def tune_scales_(
         ConfigError: an option out of range; a plan, graph or models that do not fit each other.
         DataError, CaptureError: batches that do not fit the model.
     """
-    if not damping >= 0 or not bound > 0:
-        raise ConfigError(
-            f"damping must be at least 0 and bound above 0, got {damping!r} and {bound!r}"
-        )
+    check_damping(damping)
+    if not bound > 0:
+        raise ConfigError(f"bound must be above 0, got {bound!r}")
     cut = Cut(model, dense, plan)
     if cut.small:
         raise ConfigError("the model is smaller than the dense one; tune scales, then shrink")
@@ -104,6 +107,20 @@ def tune_scales_(
         notes += found.notes
         won = judge.won(model, "kept units scaled", list(scales), notes, known)
     return won, scales
+
+
+def check_damping(damping: float) -> None:
+    """Raise unless it is a number of at least 0.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if (
+        isinstance(damping, bool)
+        or not isinstance(damping, (int, float))
+        or not 0 <= damping < math.inf
+    ):
+        raise ConfigError(f"damping must be at least 0, got {damping!r}")
 
 
 @dataclass(eq=False)

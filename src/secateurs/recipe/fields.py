@@ -33,6 +33,7 @@ from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage
 from secateurs.pipeline.fitting import unread_by
 from secateurs.pipeline.request import NORMS
+from secateurs.posttraining import FisherSearch
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -73,6 +74,7 @@ class StageRecipe(BaseModel):
     regrow: Regrow | None = None
     at_init: AtInit | None = None
     ticket: TicketSearch | None = None
+    fisher_masks: FisherSearch | None = None
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -88,6 +90,12 @@ class StageRecipe(BaseModel):
     @classmethod
     def _method_alone(cls, value: Any) -> Any:
         return {"method": value} if isinstance(value, str) else value
+
+    @field_serializer("fisher_masks")
+    def _with_no_tuning(self, value: FisherSearch | None) -> dict[str, Any] | None:
+        """Without what is not set, but with `tune: null`, which is not the default."""
+        said = {} if value is None else asdict(value)
+        return {k: v for k, v in said.items() if v is not None or k == "tune"} or None
 
     @field_validator("criterion", "granularity", "allocation", "round_to", "control")
     @classmethod
@@ -122,7 +130,7 @@ class StageRecipe(BaseModel):
             homogeneous=self.homogeneous, control=control, max_drop=self.max_drop,
             allow_missed=self.allow_missed, prepare=self.prepare, penalty=self.penalty,
             repair=tuple(self.repair), regrow=self.regrow,
-            at_init=self.at_init, ticket=self.ticket,
+            at_init=self.at_init, ticket=self.ticket, fisher_masks=self.fisher_masks,
         )  # fmt: skip
 
 
@@ -237,8 +245,8 @@ class Recipe(StageRecipe):
         for stage in self.stages or [self]:
             block = stage.model_dump(mode="json", exclude_none=True, include=own)
             block["schedule"] = _said(stage.stage().steps)
-            if stage.at_init is not None or stage.ticket is not None:
-                for name in unread_by("ticket" if stage.at_init is None else "at_init"):
+            if (decider := stage.stage().decided_by) is not None:
+                for name in unread_by(decider):
                     block.pop(name, None)
             for name in ("allow_missed", "repair"):
                 if not block.get(name):

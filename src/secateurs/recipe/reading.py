@@ -21,6 +21,7 @@ from secateurs.finetuning import Finetune
 from secateurs.imports import near_file
 from secateurs.penalties import Penalty
 from secateurs.pipeline.fitting import unread_by
+from secateurs.posttraining import FisherSearch
 from secateurs.recipe.fields import Recipe, StageRecipe
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
@@ -153,21 +154,27 @@ def _conflicts(data: Mapping[str, Any]) -> Iterator[str]:
             inner = block.get("control") if stages else None
             if inner is not None and (compares or inner == "all" or isinstance(inner, list)):
                 yield f"{place}.control: a comparison is of the whole run: put it beside stages"
-            if block.get("at_init") is not None:
-                yield from _beside_at_init(place, block, data)
+            for name in ("at_init", "fisher_masks"):
+                if block.get(name) is not None:
+                    yield from _beside(name, place, block, data)
             known = block.get("budget") is not None, block.get("threshold") is not None
             if sum(known) != 1:
                 yield f"{place}: give exactly one of budget and threshold"
 
 
-def _beside_at_init(place: str, block: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
-    """What a stage says beside `at_init` although it is the default, and what the recipe lacks."""
+def _beside(
+    decider: str, place: str, block: Mapping[str, Any], data: Mapping[str, Any]
+) -> Iterator[str]:
+    """What a stage says beside what decides its cut although it is the default, and its start."""
     where = "" if place == "recipe" else f"{place}."
-    for name, default in unread_by("at_init").items():
+    for name, default in unread_by(decider).items():
         if block.get(name) is not None and block[name] == default:
-            yield f"{where}{name}: at_init does not read it: leave it away"
-    if data.get("start") != "untrained":
+            yield f"{where}{name}: {decider} does not read it: leave it away"
+    untrained = data.get("start") == "untrained"
+    if decider == "at_init" and not untrained:
         yield f"{where}at_init: is for a network that was not trained: add start: untrained"
+    if decider == "fisher_masks" and untrained:
+        yield f"{where}fisher_masks: is for a trained network: leave start away, or take at_init"
 
 
 def _untrained(data: Mapping[str, Any], blocks: Mapping[str, Any]) -> Iterator[str]:
@@ -229,7 +236,7 @@ def _known_keys(path: list[str]) -> list[str]:
     nested: dict[str, Any] = {
         "budget": Budget, "threshold": Threshold, "schedule": Schedule, "finetune": Finetune,
         "prepare": Finetune, "penalty": Penalty, "regrow": Regrow, "at_init": AtInit,
-        "ticket": TicketSearch, "search": Search, "folds": Folds,
+        "ticket": TicketSearch, "fisher_masks": FisherSearch, "search": Search, "folds": Folds,
     }  # fmt: skip
     names = [p for p in path if not p.isdigit()]
     if names and names[-1] in nested:

@@ -148,6 +148,10 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
     if stage.at_init is not None:
         chance = "at_init=null", "criterion=random", "schedule={curve: one_shot, steps: 1}"
         lines.append(f"is {stage.at_init.method} better than chance? {again('random', *chance)}")
+    elif stage.fisher_masks is not None:
+        chance = "fisher_masks=null", "criterion=random", "schedule={curve: one_shot, steps: 1}"
+        repair = ("repair=[reconstruct]",) if stage.fisher_masks.tune == "weights" else ()
+        lines.append(f"is the search better than chance? {again('random', *chance, *repair)}")
     elif stage.ticket is not None:
         lines.append(f"is the ticket better than chance? {again('random', 'criterion=random')}")
     elif stage.control is None:
