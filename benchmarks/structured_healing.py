@@ -10,7 +10,7 @@ and cosine: AdamW, its rate chosen by the search on validation data for Torch-Pr
 counted by `secateurs.macs` on the network that was really cut, for both tools.
 
     torch-pruning   all of its criteria that fit (see `PEERS`), ranked locally and globally, in one
-                    shot and in rounds; the six best of the first seed go on to the others. The best
+                    shot and in rounds; the four best of the first seed go on to the others. The best
                     of them by TEST accuracy, for each point on its own, is what ours is compared
                     with: that favours the peer. The widest network within 1 % of the budget is
                     taken, which favours it too.
@@ -63,7 +63,7 @@ KEPT = (0.5, 0.25, 0.1)
 EPOCHS = {"digits-cnn": 20, "fashion-resnet20": 2}
 """Passes over the training data after the dense checkpoint, for every row."""
 SEEDS = {"digits-cnn": tuple(range(5)), "fashion-resnet20": (0, 1, 2)}
-PEERS_KEPT = 6
+PEERS_KEPT = 4
 """So many settings of the peer, the best on TEST data of the first seed, go on to other seeds."""
 LRS = (1e-3, 3e-3)
 
