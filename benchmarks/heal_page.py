@@ -182,8 +182,8 @@ def _channels() -> str:
         """## Channels
 
 Ours beside Torch-Pruning at 2x, 4x and 10x fewer MACs, with the same fine-tuning; fifteen settings
-of Torch-Pruning (importance, local and global ranking, rounds), of which the four best of the first
-seed go on to the others. "Best" is the best by **test** accuracy, at each point anew, which favours
+of Torch-Pruning (importance, local and global ranking, rounds), of which the three best of the
+first seed go on to the others. "Best" is the best by **test** accuracy, at each point anew, which favours
 it. The recommended recipe of ours is chosen once for each task, on validation data
 (`benchmarks/structured_healing.py`).
 
@@ -209,11 +209,12 @@ it. The recommended recipe of ours is chosen once for each task, on validation d
     for task in dict.fromkeys(r["task"] for r in lines):
         held = [r for r in lines if r["task"] == task]
         keeps = sorted({r["keep"] for r in held}, reverse=True)
+        seeds = max(len(r["seeds"]) for r in held)
         ours = dict.fromkeys(r["setting"] for r in held if r["tool"] == "secateurs")
         cell = {(r["tool"], r["setting"], r["keep"]): r for r in held}
         order = ["plain", *sorted(name for name in ours if name != "plain")]
         rows = [
-            [name, *(_added(cell.get(("secateurs", name, keep))) for keep in keeps)]
+            [name, *(_added(cell.get(("secateurs", name, keep)), seeds) for keep in keeps)]
             for name in order
         ]
         for keep in keeps:
@@ -225,15 +226,17 @@ it. The recommended recipe of ours is chosen once for each task, on validation d
             top = max((r for r in peers if len(r["seeds"]) == most),
                       key=lambda r: r["test"], default=None)  # fmt: skip
             best.append("" if top is None else f"{_percent(top['test'])} ({top['setting']})")
-        seeds = max(len(r["seeds"]) for r in held)
         dense = _percent(next(r["dense"] for r in held))
         parts.append(f"{task}, {seeds} seeds, dense {dense}:\n")
         parts.append(table(["", *(f"{k:g} of the MACs" for k in keeps)], [*rows, best]))
     return "\n".join(parts)
 
 
-def _added(row: Mapping[str, Any] | None) -> str:
+def _added(row: Mapping[str, Any] | None, seeds: int) -> str:
+    """Accuracy and what it is over plain; nothing if there are fewer seeds."""
     if row is None:
+        return ""
+    if len(row["seeds"]) < seeds:
         return ""
     gap = _gap(row.get("over_plain"))
     return _percent(row["test"]) + (f" ({gap})" if gap else "")

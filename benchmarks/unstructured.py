@@ -17,13 +17,12 @@ linear and convolutional layers, for all methods alike; biases stay. Methods:
 
 The settings of every method (learning rate, its schedule, rounds; ours also criterion, allocation
 and distillation) are chosen by the mean validation accuracy of the search, for each task and
-density on its own (of a density that was not searched: those of the nearest one). For 10 and 5 %
-of fashion-lenet300 all methods were searched once more, on a second seed and with cuts that end
-early, after final rows of three seeds had been seen; rows with the settings of before stay in the
-file and count no more. AdamW for all,
-without weight decay unless the setting says so. Ours scores on 512 or 2048 training samples at each
-cut, which is no optimizer step and not counted. One thread; a run that is stopped goes on where it
-was.
+density on its own (of a density that was not searched: those of the nearest one). 10 % of
+fashion-lenet300 was searched by itself, ours with cuts that end early as well, after final rows
+with the settings of 5 % had been seen; those rows stay in the file and count no more. AdamW for
+all, without weight decay unless the setting says so. Ours scores on 512 or 2048 training samples at
+each cut, which is no optimizer step and not counted. One thread; a run that is stopped goes on
+where it was.
 """
 
 from __future__ import annotations
