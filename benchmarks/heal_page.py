@@ -183,8 +183,8 @@ def _channels() -> str:
 
 Ours beside Torch-Pruning at 2x, 4x and 10x fewer MACs, with the same fine-tuning; fifteen settings
 of Torch-Pruning (importance, local and global ranking, rounds), of which the three best of the
-first seed go on to the others. "Best" is the best by **test** accuracy, at each point anew, which favours
-it. The recommended recipe of ours is chosen once for each task, on validation data
+first seed go on to the others. "Best" is the best by **test** accuracy, at each point anew, which
+favours it. The recommended recipe of ours is chosen once for each task, on validation data
 (`benchmarks/structured_healing.py`).
 
 ![Test accuracy by share of the MACs](images/heal-channels.png)

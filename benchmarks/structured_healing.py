@@ -12,8 +12,8 @@ counted by `secateurs.macs` on the network that was really cut, for both tools.
     torch-pruning   all of its criteria that fit (see `PEERS`), ranked locally and globally, in one
                     shot and in rounds; the three best of the first seed go on to the others. The
                     best of them by TEST accuracy, for each point on its own, is what ours is
-                    compared with: that favours the peer. The widest network within 1 % of the budget is
-                    taken, which favours it too.
+                    compared with: that favours the peer. The widest network within 1 % of the
+                    budget is taken, which favours it too.
     plain           secateurs: taylor, uniform, one shot, fine-tuning.
     + ...           the same with one ingredient, or several. "Recommended" is the one with several
                     that has the best mean validation accuracy of the search over its budgets; only
