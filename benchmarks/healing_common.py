@@ -103,9 +103,6 @@ class Dense:
         self.model: nn.Module
         self.data: Data
         self.model, self.data, _ = dense_checkpoint(self.task, seed)
-        for p in self.model.parameters():
-            if p.dim() == 4:  # a quarter faster here
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
         self._known: dict[str, float] = {}
 
     @classmethod

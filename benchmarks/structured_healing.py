@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
+import torch
 from torch import nn
 
 import secateurs as sc
@@ -163,6 +164,9 @@ def with_secateurs(
 def work(row: dict[str, Any]) -> dict[str, Any]:
     """Figures of a row."""
     dense = Dense.of(row["task"], row["seed"])
+    for p in dense.model.parameters():
+        if p.dim() == 4:  # a quarter faster here
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
     setting: Any = (PEERS if row["tool"] == "torch-pruning" else OURS)[row["setting"]]
     how: Callable[..., nn.Module] = (
         with_torch_pruning if isinstance(setting, Peer) else with_secateurs
