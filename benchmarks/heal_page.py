@@ -222,6 +222,7 @@ or two test images of each other. Those rows are in the file and not here.
         rows = [
             [name, *(_added(cell.get(("secateurs", name, keep)), seeds) for keep in keeps)]
             for name in order
+            if any(_added(cell.get(("secateurs", name, keep)), seeds) for keep in keeps)
         ]
         for keep in keeps:
             assert any(r["keep"] == keep for r in held)
@@ -232,7 +233,7 @@ or two test images of each other. Those rows are in the file and not here.
             top = max((r for r in peers if len(r["seeds"]) == most),
                       key=lambda r: r["test"], default=None)  # fmt: skip
             best.append("" if top is None else f"{_percent(top['test'])} ({top['setting']})")
-        dense = _percent(next(r["dense"] for r in held))
+        dense = _percent(max(held, key=lambda r: len(r["seeds"]))["dense"])
         parts.append(f"{task}, {seeds} seeds, dense {dense}:\n")
         parts.append(table(["", *(f"{k:g} of the MACs" for k in keeps)], [*rows, best]))
     return "\n".join(parts)
@@ -257,9 +258,10 @@ def _draw_channels(lines: Sequence[Mapping[str, Any]], goals: Sequence[Mapping[s
             keeps = sorted({r["keep"] for r in held})
             place = {keep: i for i, keep in enumerate(reversed(keeps))}
             peers = [r for r in held if r["tool"] == "torch-pruning"]
+            words = "Torch-Pruning, all settings (most: one seed)"
             for i, r in enumerate(peers):
                 ax.plot(place[r["keep"]] - 0.12, 100 * r["test"], "_", color=RED, ms=9, mew=1.2,
-                        alpha=0.5, label="" if i else "Torch-Pruning, every setting")  # fmt: skip
+                        alpha=0.5, label="" if i else words)  # fmt: skip
             named = {g["task"]: g["recommended"] for g in goals}
             for name, colour, shift, words in (
                 ("plain", MUTED, 0.06, "ours, plain"),
@@ -270,7 +272,7 @@ def _draw_channels(lines: Sequence[Mapping[str, Any]], goals: Sequence[Mapping[s
                             [100 * r["test"] for r in rows],
                             yerr=[100 * (r["standard_error"] or 0) for r in rows],
                             fmt="o", ms=5, color=colour, label=words)  # fmt: skip
-            dense = 100 * held[0]["dense"]
+            dense = 100 * max(held, key=lambda r: len(r["seeds"]))["dense"]
             ax.axhline(dense, color=INK, lw=0.8, ls="--")
             ax.text(len(keeps) - 0.6, dense, "dense", va="bottom", ha="right", color=MUTED)
             shown = [100 * r["test"] for r in held if r["setting"] != "random"]
