@@ -45,7 +45,7 @@ SUMMARY = RESULTS / "collapse.json"
 SEEDS = (0, 1, 2)
 DENSITIES = {"init": (0.05, 0.02), "dense": (0.002,)}
 """Where pruning starts -> densities. A new network has its largest weights in its last layers, so
-that one global magnitude empties the first layer; a trained one loses single classes."""
+that one global magnitude empties the first layer."""
 LR = 3e-3
 
 

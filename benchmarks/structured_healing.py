@@ -19,6 +19,8 @@ counted by `secateurs.macs` on the network that was really cut, for both tools.
                     that has the best mean validation accuracy of the search over its budgets; only
                     it and those with one ingredient have final rows. The variants with l2 came
                     to the search after the first seed of Torch-Pruning had been seen on test data.
+                    Search rows of ResNet-20 that grow and reconstruct are from when a repair aimed
+                    at the dense model; it aims at the grown one now.
 
 One thread; a run that is stopped goes on where it was.
 """

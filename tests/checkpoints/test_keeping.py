@@ -54,7 +54,10 @@ time.sleep(600)
 """
 
 
-def test_another_process_is_kept_out_until_it_dies(tmp_path: Path) -> None:
+def test_another_process_is_kept_out_until_it_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateurs.checkpoints.keeping.WAIT", 0.1)
     mine, refused = Checkpoints(tmp_path), "another process writes its checkpoints to"
     command = [sys.executable, "-c", HOLDS, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:

@@ -21,6 +21,8 @@ __all__ = ["Checkpoints", "Keeper", "Saved"]
 SECONDS = 60.0
 """Between two checkpoints where nothing else is said."""
 LOCK = ".lock"
+WAIT = 10.0
+"""Seconds to wait for the lock: workers of a killed process may hold it a little longer."""
 PATTERN = "checkpoint-" + 8 * "[0-9]" + ".safetensors"
 
 
@@ -152,7 +154,7 @@ class Checkpoints:
             return
         lock = FileLock(self.directory / LOCK, is_singleton=True)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=WAIT)
         except Timeout as error:
             raise ConfigError(
                 f"another process writes its checkpoints to {self.directory}: wait until it ends, "
