@@ -160,8 +160,26 @@ def test_damaged_and_missing_parts_are_one_clear_error(tmp_path: Path) -> None:
     content = part.read_bytes()
     for damage in (content[: len(content) // 2], b"x" * len(content), None):
         part.unlink() if damage is None else part.write_bytes(damage)
-        with pytest.raises(FileFormatError, match="c cannot be read, take an earlier one: rank 0"):
+        what = "is missing" if damage is None else "is damaged"
+        with pytest.raises(FileFormatError, match=f"{part.name} {what}: take an earlier"):
             load_sharded(path, model, adam(model), group=None)
+    (path / "hashes.json").unlink()
+    with pytest.raises(FileFormatError, match="c holds no complete checkpoint of save_sharded"):
+        load_sharded(path, model, adam(model), group=None)
+
+
+def test_a_single_changed_bit_is_found(tmp_path: Path) -> None:
+    """torch reads such a file without a word: the weight would be another one."""
+    model = net()
+    path = save_sharded(tmp_path / "c", model, adam(model), group=None)
+    for file in sorted(p for p in path.iterdir() if p.name != "hashes.json"):
+        content = file.read_bytes()
+        at = len(content) // 2
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(FileFormatError, match=f"{file.name} is damaged"):
+            load_sharded(path, model, adam(model), group=None)
+        file.write_bytes(content)
+    load_sharded(path, model, adam(model), group=None)
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(

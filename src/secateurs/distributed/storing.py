@@ -4,12 +4,14 @@
     load_sharded(path, model, ...)    with any number of ranks
     newest(folder)                    the last one by name that is complete
 
-The format is that of torch.distributed.checkpoint, whose index is a pickle: load only checkpoints
-of your own. What goes to others is written by `secateurs.save`.
+The format is that of torch.distributed.checkpoint, and beside its files the hash of each. Its
+index is a pickle: load only checkpoints of your own. What goes to others is written by
+`secateurs.save`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -29,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from secateurs.distributed.groups import Group, is_dtensor, ranks_of
+from secateurs.distributed.groups import Group, Ranks, is_dtensor, ranks_of
 from secateurs.distributed.same import assert_same
 from secateurs.errors import ConfigError, FileFormatError
 from secateurs.tensorfiles import flush
@@ -38,6 +40,8 @@ __all__ = ["load_sharded", "newest", "save_sharded"]
 
 PART = ".part"
 EXTRA = "extra"
+HASHES = "hashes.json"
+"""File name -> hash, of all other files of a checkpoint."""
 
 
 def save_sharded(
@@ -88,6 +92,10 @@ def save_sharded(
             state_dict_saver.save(
                 content, checkpoint_id=part, process_group=ranks.group, no_dist=ranks.group is None
             )
+        hashes = _hashes(part, ranks)
+        with ranks.agreed("save_sharded"):
+            if ranks.rank == 0:
+                _write(part / HASHES, json.dumps(hashes, indent=1))
     except FileFormatError:  # make room again; earlier checkpoints are as they were
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -113,10 +121,13 @@ def load_sharded(
         group: the ranks that go on.
 
     Raises:
-        FileFormatError: there is no complete checkpoint, or it does not fit the model.
+        FileFormatError: there is no complete checkpoint, a file is damaged, or it does not fit
+            the model.
     """
     ranks, where = ranks_of(group), Path(path)
+    found = _hashes(where, ranks)
     with ranks.agreed("load_sharded"):
+        _check_whole(where, found)
         kinds = _kinds(where)
         masks = {
             key.removeprefix("masks."): torch.empty(kind.size, dtype=kind.properties.dtype)
@@ -180,6 +191,42 @@ def _plain(extra: Mapping[str, Any] | None) -> Tensor:
     except TypeError as error:
         raise ConfigError(f"extra may hold plain values only: {error}") from error
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _hashes(folder: Path, ranks: Ranks) -> dict[str, str]:
+    """File name -> hash; each rank reads a part of the files."""
+    files = sorted(p for p in folder.glob("*") if p.is_file() and p.name != HASHES)
+    mine = {}
+    with ranks.agreed("save_sharded and load_sharded"):
+        for file in files[ranks.rank :: ranks.size]:
+            try:
+                with file.open("rb") as content:
+                    found = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16))
+            except OSError as error:
+                raise FileFormatError(f"{file} cannot be read: {error}") from error
+            mine[file.name] = found.hexdigest()
+    return {name: value for one in ranks.gather(mine) for name, value in one.items()}
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be written: {error}") from error
+
+
+def _check_whole(where: Path, found: Mapping[str, str]) -> None:
+    """Compare the files with what was written: no bit of them may have changed."""
+    try:
+        held: dict[str, str] = json.loads((where / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{where} holds no complete checkpoint of save_sharded: {error}"
+        ) from error
+    for name, value in held.items():
+        if found.get(name) != value:
+            what = "is damaged" if name in found else "is missing"
+            raise FileFormatError(f"{where / name} {what}: take an earlier checkpoint")
 
 
 def _kinds(where: Path) -> dict[str, Any]:
