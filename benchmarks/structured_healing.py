@@ -6,17 +6,19 @@
 
 Every row starts from the same dense checkpoint and takes the same number of optimizer steps after
 it (counted, and asserted), preparation and rounds included, with the same optimizer, learning rate
-and cosine: AdamW, its rate chosen by the search on validation data for Torch-Pruning. MACs are
-counted by `secateurs.macs` on the network that was really cut, for both tools.
+and cosine: AdamW, its rate chosen by the search on validation data for Torch-Pruning's taylor, on
+the digits for each budget. MACs are counted by `secateurs.macs` on the network that was really
+cut, for both tools.
 
     torch-pruning   all of its criteria that fit (see `PEERS`), ranked locally and globally, in one
-                    shot and in rounds; the three best of the first seed go on to the others. The
-                    best of them by TEST accuracy, for each point on its own, is what ours is
+                    shot and in rounds; of ResNet-20 the three best of the first seed go on to the
+                    others. The best by TEST accuracy, for each point on its own, is what ours is
                     compared with: that favours the peer. The widest network within 1 % of the
                     budget is taken, which favours it too.
     plain           secateurs: taylor, uniform, one shot, fine-tuning.
     + ...           the same with one ingredient, or several. "Recommended" is the one with several
-                    that has the best mean validation accuracy of the search over its budgets; only
+                    that has the best mean validation accuracy of the search over its budgets, for
+                    each length of the training; only
                     it and those with one ingredient have final rows. The variants with l2 came
                     to the search after the first seed of Torch-Pruning had been seen on test data.
                     Search rows of ResNet-20 that grow and reconstruct are from when a repair aimed
@@ -32,6 +34,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -64,12 +67,12 @@ ROWS = Rows(
 )
 SUMMARY = RESULTS / "structured_healing.json"
 KEPT = (0.5, 0.25, 0.1)
-STEPS = {"digits-cnn": 51, "fashion-resnet20": 314}
-"""Optimizer steps after the dense checkpoint, for every row: three passes over the digits, two over
-the clothes. After twenty passes over the digits (rows with 340 steps) all settings were within one
-or two test images of each other."""
-SEEDS = {"digits-cnn": tuple(range(5)), "fashion-resnet20": (0, 1, 2)}
-PEERS_KEPT = 3
+STEPS = {"digits-cnn": (17, 51), "fashion-resnet20": (157, 314)}
+"""Optimizer steps after the dense checkpoint, for every row: one and three passes over the digits,
+one and two over the clothes. After twenty passes over the digits (rows with 340 steps) all settings
+were within one or two test images of each other."""
+SEEDS = {"digits-cnn": tuple(range(10)), "fashion-resnet20": (0, 1, 2)}
+PEERS_KEPT = {"digits-cnn": 15, "fashion-resnet20": 3}
 """So many settings of the peer, the best on TEST data of the first seed, go on to other seeds."""
 LRS = (1e-3, 3e-3)
 
@@ -193,50 +196,65 @@ def work(row: dict[str, Any]) -> dict[str, Any]:
 # -- what is asked ---------------------------------------------------------------------------------
 
 
-def searched(task: str, tool: str) -> list[dict[str, Any]]:
+def searched(task: str, tool: str, steps: int) -> list[dict[str, Any]]:
     """Search rows of a task and tool."""
-    wanted = ("search", task, tool, STEPS[task])
+    wanted = ("search", task, tool, steps)
     return [r for r in ROWS.read() if (r["part"], r["task"], r["tool"], r["steps"]) == wanted]
 
 
-def rate_of(task: str) -> float:
-    """The learning rate that suits Torch-Pruning's "taylor" best on validation data."""
-    rows = [r for r in searched(task, "torch-pruning") if r["setting"] == "taylor"]
+def rate_of(task: str, keep: float, steps: int) -> float:
+    """The learning rate that suits Torch-Pruning's "taylor" best on validation data.
+
+    Where it was not searched: that of a quarter of the MACs, and of the longest training.
+    """
+    rows: list[dict[str, Any]] = []
+    for n, share in ((steps, keep), (steps, 0.25), (STEPS[task][-1], 0.25)):
+        held = searched(task, "torch-pruning", n)
+        rows = rows or [r for r in held if (r["setting"], r["keep"]) == ("taylor", share)]
     rates = [{**r, "setting": str(r["lr"])} for r in rows]
     return float(best_setting(rates, [str(lr) for lr in LRS]))
 
 
-def recommended(task: str) -> str:
-    """The best of ours with several ingredients, by the search; "" before it."""
-    rows = [r for r in searched(task, "secateurs") if r["lr"] == rate_of(task)]
-    return best_setting(rows, RECOMMENDED) if rows else ""
+def recommended(task: str, steps: int) -> str:
+    """The best of ours with several ingredients, by the search; "" before it.
+
+    Where there was no search for so many steps: that of the longest training.
+    """
+    for n in (steps, STEPS[task][-1]):
+        rows = searched(task, "secateurs", n)
+        rows = [r for r in rows if r["lr"] == rate_of(task, r["keep"], n)]
+        if rows:
+            return best_setting(rows, RECOMMENDED)
+    return ""
 
 
-def ours_of(task: str, keep: float, seed: int) -> list[str]:
+def ours_of(task: str, keep: float, seed: int, steps: int) -> list[str]:
     """Plain, with one ingredient each, and the recommended one.
 
-    The ingredients alone have one seed but at a tenth of the MACs, where most is lost.
+    The ingredients alone of ResNet-20 have all seeds only at a tenth of the MACs, where most is
+    lost, and only for the longer training.
     """
-    found = recommended(task)
-    if keep != min(KEPT) and seed != SEEDS[task][0]:
+    found = recommended(task, steps)
+    everywhere = task == "digits-cnn" or (keep == min(KEPT) and steps == STEPS[task][-1])
+    if not everywhere:
         return ["plain", found]
     return [name for name in OURS if name not in RECOMMENDED or name == found]
 
 
-def peers_of(task: str, keep: float, seed: int) -> list[str]:
+def peers_of(task: str, keep: float, seed: int, steps: int) -> list[str]:
     """All settings of the peer for the first seed; for others those that were best there."""
-    first = SEEDS[task][0]
+    first, n = SEEDS[task][0], PEERS_KEPT[task]
+    if seed == first or n >= len(PEERS):
+        return list(PEERS)
     tried = {
         row["setting"]: row["test"]
         for row in ROWS.read()
         if (row["part"], row["task"], row["keep"], row["tool"], row["seed"], row["steps"])
-        == ("final", task, keep, "torch-pruning", first, STEPS[task])
+        == ("final", task, keep, "torch-pruning", first, steps)
     }
-    if seed == first:
-        return list(PEERS)
     if len(tried) < len(PEERS):
         raise SystemExit(f"{task} at {keep}: run seed {first} of torch-pruning first")
-    return sorted(tried, key=lambda name: -tried[name])[:PEERS_KEPT]
+    return sorted(tried, key=lambda name: -tried[name])[:n]
 
 
 def wanted(
@@ -245,28 +263,30 @@ def wanted(
     tools: Sequence[str],
     seeds: Sequence[int] | None,
     kept: Sequence[float] = KEPT,
+    only: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the search (first the learning rate, then ours), or all final ones."""
+    """Rows of the search (first the learning rate, then ours), or all final ones.
+
+    Args:
+        only: of the lengths of the training; empty: all.
+    """
     for task in tasks:
         own = SEARCH_SEEDS if part == "search" else SEEDS[task]
-        base = {"part": part, "task": task, "steps": STEPS[task]}
-        if part == "search" and "torch-pruning" in tools:
-            for seed in own if seeds is None else seeds:
-                for lr in LRS:
-                    yield {**base, "keep": 0.25, "tool": "torch-pruning", "setting": "taylor",
+        for steps in only or STEPS[task]:
+            base = {"part": part, "task": task, "steps": steps}
+            if part == "search" and "torch-pruning" in tools:
+                for seed, keep, lr in product(own if seeds is None else seeds, kept, LRS):
+                    yield {**base, "keep": keep, "tool": "torch-pruning", "setting": "taylor",
                            "lr": lr, "seed": seed}  # fmt: skip
-        rate = rate_of(task)
-        for seed in own if seeds is None else seeds:
-            for keep in kept:
-                for tool in tools:
-                    if part == "search" and tool == "torch-pruning":
-                        continue
-                    names = [*OURS] if part == "search" else ours_of(task, keep, seed)
-                    if tool == "torch-pruning":
-                        names = peers_of(task, keep, seed)
-                    for name in names:
-                        yield {**base, "keep": keep, "tool": tool, "setting": name, "lr": rate,
-                               "seed": seed}  # fmt: skip
+            for seed, keep, tool in product(own if seeds is None else seeds, kept, tools):
+                if part == "search" and tool == "torch-pruning":
+                    continue
+                names = [*OURS] if part == "search" else ours_of(task, keep, seed, steps)
+                if tool == "torch-pruning":
+                    names = peers_of(task, keep, seed, steps)
+                for name in names:
+                    yield {**base, "keep": keep, "tool": tool, "setting": name,
+                           "lr": rate_of(task, keep, steps), "seed": seed}  # fmt: skip
 
 
 # -- summary ---------------------------------------------------------------------------------------
@@ -275,27 +295,33 @@ def wanted(
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means, what each ingredient adds to "plain", and each goal met or missed."""
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    rates = {
+        (task, keep, steps): rate_of(task, keep, steps)
+        for task in STEPS for keep in KEPT for steps in STEPS[task]
+    }  # fmt: skip
     for row in rows:
-        if row["part"] == "final" and row["steps"] == STEPS[row["task"]]:
-            kind = (row["task"], row["keep"], row["tool"], row["setting"])
+        chosen = rates.get((row["task"], row["keep"], row["steps"]))
+        if row["part"] == "final" and row["lr"] == chosen:
+            kind = (row["task"], row["steps"], row["keep"], row["tool"], row["setting"])
             groups.setdefault(kind, {})[row["seed"]] = row
     lines = []
-    for (task, keep, tool, setting), held in groups.items():
+    for (task, steps, keep, tool, setting), held in groups.items():
         test = {seed: row["test"] for seed, row in held.items()}
         line = {
-            "task": task, "keep": keep, "tool": tool, "setting": setting, "seeds": sorted(held),
+            "task": task, "steps": steps, "keep": keep, "tool": tool, "setting": setting,
+            "seeds": sorted(held), "lr": next(iter(held.values()))["lr"],
             "macs": mean(r["macs"] for r in held.values()),
             "dense": mean(r["dense_test"] for r in held.values()),
             "test": mean(test.values()), "standard_error": error_of(list(test.values())),
         }  # fmt: skip
-        plain = groups.get((task, keep, "secateurs", "plain"))
+        plain = groups.get((task, steps, keep, "secateurs", "plain"))
         if plain is not None and setting != "plain":
             line["over_plain"] = paired(test, {s: r["test"] for s, r in plain.items()})
         lines.append(line)
-    lines.sort(key=lambda r: (r["task"], -r["keep"], r["tool"], -r["test"]))
+    lines.sort(key=lambda r: (r["task"], r["steps"], -r["keep"], r["tool"], -r["test"]))
     goals: list[dict[str, Any]] = []
-    for task, keep in sorted({(k[0], k[1]) for k in groups}, key=lambda k: (k[0], -k[1])):
-        goals += _goals(groups, lines, task, keep)
+    for point in sorted({k[:3] for k in groups}, key=lambda k: (k[0], k[1], -k[2])):
+        goals += _goals(groups, lines, *point)
     return {"lines": lines, "goals": goals, "search": _searched(rows)}
 
 
@@ -303,15 +329,16 @@ def _goals(
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]],
     lines: Sequence[dict[str, Any]],
     task: str,
+    steps: int,
     keep: float,
 ) -> Iterator[dict[str, Any]]:
     """Recommended beside the best of the peer, and beside plain."""
-    here = [r for r in lines if (r["task"], r["keep"]) == (task, keep)]
+    here = [r for r in lines if (r["task"], r["steps"], r["keep"]) == (task, steps, keep)]
     peers = [r for r in here if r["tool"] == "torch-pruning"]
     most = max((len(r["seeds"]) for r in peers), default=0)
     peers = [r for r in peers if len(r["seeds"]) == most]
-    ours = recommended(task)
-    held = groups.get((task, keep, "secateurs", ours))
+    ours = recommended(task, steps)
+    held = groups.get((task, steps, keep, "secateurs", ours))
     if held is None:
         return
     others = {"plain": ("secateurs", "plain")}
@@ -319,13 +346,14 @@ def _goals(
         best = max(peers, key=lambda r: r["test"])["setting"]
         others[f"torch-pruning's best, {best}"] = ("torch-pruning", best)
     for words, (tool, setting) in others.items():
-        other = groups.get((task, keep, tool, setting))
+        other = groups.get((task, steps, keep, tool, setting))
         if other is not None:
             gap = paired(
                 {s: r["test"] for s, r in held.items()}, {s: r["test"] for s, r in other.items()}
             )
             yield {
-                "task": task, "keep": keep, "recommended": ours, "beside": words, **gap,
+                "task": task, "steps": steps, "keep": keep, "recommended": ours,
+                "beside": words, **gap,
                 "met": gap["difference"] is not None and gap["difference"] > 0,
             }  # fmt: skip
 
@@ -334,15 +362,17 @@ def _searched(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean validation accuracy of every setting that was tried."""
     found: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        if row["part"] == "search" and row["steps"] == STEPS[row["task"]]:
-            kind = (row["task"], row["keep"], row["tool"], row["setting"], row["lr"])
+        if row["part"] == "search" and row["steps"] in STEPS[row["task"]]:
+            kind = (row["task"], row["steps"], row["keep"], row["tool"], row["setting"], row["lr"])
             found.setdefault(kind, []).append(row["validation"])
-    names = ("task", "keep", "tool", "setting", "lr")
+    names = ("task", "steps", "keep", "tool", "setting", "lr")
     lines = [
         dict(zip(names, kind, strict=True)) | {"validation": mean(v), "seeds": len(v)}
         for kind, v in found.items()
     ]
-    return sorted(lines, key=lambda r: (r["task"], -r["keep"], r["tool"], -r["validation"]))
+    return sorted(
+        lines, key=lambda r: (r["task"], r["steps"], -r["keep"], r["tool"], -r["validation"])
+    )
 
 
 def table(found: dict[str, Any]) -> str:
@@ -354,12 +384,14 @@ def table(found: dict[str, Any]) -> str:
         if gap.get("difference") is not None:
             over = f"| over plain {_signed(gap['difference'])} ({points(gap['standard_error'])})"
         told.append(
-            f"{r['task']} {r['keep']:<4} {r['tool']:<13} {r['setting']:<32} n={len(r['seeds'])} "
+            f"{r['task']} {r['steps']} steps {r['keep']:<4} {r['tool']:<13} {r['setting']:<32} "
+            f"n={len(r['seeds'])} "
             f"macs {r['macs']:.3f} dense {100 * r['dense']:.2f} test {100 * r['test']:.2f} "
             f"({points(r['standard_error'])}) {over}"
         )
     told += [
-        f"goal {g['task']} {g['keep']}: {g['recommended']} beside {g['beside']}: "
+        f"goal {g['task']} {g['steps']} steps {g['keep']}: "
+        f"{g['recommended']} beside {g['beside']}: "
         f"{_signed(g['difference'])} ({points(g['standard_error'])}): "
         + ("met" if g["met"] else "MISSED")
         for g in found["goals"]
@@ -377,6 +409,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=STEPS, default=list(STEPS))
     parser.add_argument("--tools", nargs="*", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--kept", nargs="*", type=float, choices=KEPT, default=list(KEPT))
+    parser.add_argument("--steps", nargs="*", type=int, default=[], help="empty: all")
     parser.add_argument("--seeds", nargs="*", type=int, default=None)
     parser.add_argument("--summary", action="store_true", help="only summarise what is there")
     options = parser.parse_args()
@@ -384,8 +417,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if not options.summary:
         ROWS.run(
-            wanted(options.part, options.tasks, options.tools, options.seeds, options.kept), work
-        )
+            wanted(
+                options.part, options.tasks, options.tools, options.seeds, options.kept,
+                options.steps,
+            ),
+            work,
+        )  # fmt: skip
     found = summarise(ROWS.read())
     SUMMARY.write_text(json.dumps({"environment": environment(0), **found}, indent=1) + "\n")
     print(table(found))
