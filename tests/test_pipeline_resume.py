@@ -17,7 +17,7 @@ from secateurs.errors import ConfigError, FileFormatError
 from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage, prune, prune_stages
 from secateurs.pipeline.packing import pack, unpack
-from secateurs.posttraining import FisherSearch
+from secateurs.posttraining import FisherSearch, LayerwiseCut, layerwise
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -87,6 +87,19 @@ CASES: dict[str, list[Stage]] = {
         Stage(HALF, fisher_masks=FisherSearch(importance="any_output"), finetune=SGD),
         Stage(Budget(units=0.4), schedule=Schedule("linear", 1)),
     ],
+    "layerwise": [
+        Stage(
+            HALF, granularity="weight", layerwise=LayerwiseCut(), schedule=Schedule("linear", 2),
+            finetune=SGD,
+        ),
+        Stage(Budget(units=0.4), schedule=Schedule("linear", 1)),
+    ],
+    "layerwise to a metric": [
+        Stage(
+            Budget(metric_drop=0.2), granularity="weight", layerwise=LayerwiseCut("wanda"),
+            allocation="global", schedule=Schedule("exponential", 3), finetune=ONE,
+        )
+    ],
     "ticket": [
         Stage(
             HALF, granularity="weight", criterion="magnitude", finetune=SGD,
@@ -139,6 +152,50 @@ def test_masks_are_not_searched_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(stages, 0, kept, resume=True)[0] == expected
     with pytest.raises(TypeError):
         run(stages)
+
+
+@pytest.mark.parametrize("drop", [None, 1.0])  # of the metric: steps that may be undone
+def test_layers_are_not_pruned_again(
+    drop: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [
+        Stage(
+            replace(HALF, metric_drop=drop), granularity="weight", layerwise=LayerwiseCut(),
+            finetune=SGD, schedule=Schedule("one_shot", 1),
+        )
+    ]  # fmt: skip
+    expected, calls = run(stages)
+    kept = Checkpoints(tmp_path, every=1000)
+    assert run(stages, calls - 14, kept)[0] is None
+    assert len(kept.files) == 1
+    monkeypatch.setattr("secateurs.pipeline.layerwise.prune_to_counts", None)
+    assert run(stages, 0, kept, resume=True)[0] == expected
+    with pytest.raises(TypeError):
+        run(stages)
+
+
+@pytest.mark.parametrize("stop", [4, 5, 6])
+def test_a_cut_that_was_interrupted_between_its_layers_is_made_anew(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, true, calls = CASES["layerwise"], layerwise._Task.prune, 0
+    expected, _ = run(stages)
+
+    def prune_layer(self: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stop:  # three layers, so it is in the second step
+            raise Stopped
+        return true(self, *arguments)
+
+    kept = Checkpoints(tmp_path, every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise._Task, "prune", prune_layer)
+        assert run(stages, 0, kept)[0] is None
+        calls = stop
+        found, _ = run(stages, 0, kept, resume=True)
+    assert found == expected
+    assert calls == stop + 3
 
 
 def test_prune_takes_checkpoints_too(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
 from secateurs.imports import import_function
-from secateurs.posttraining import FisherSearch
+from secateurs.posttraining import FisherSearch, LayerwiseCut
 from secateurs.recipe import Recipe, override, parse_recipe, read_recipe
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -224,6 +224,10 @@ FISHER: dict[str, Any] = {
     "task": "a", "budget": {"macs": 0.5}, "fisher_masks": {"tune": None, "n_samples": 64},
     "finetune": {"epochs": 2, "distill": 0.5},
 }  # fmt: skip
+LAYERWISE: dict[str, Any] = {
+    "task": "a", "granularity": "weight", "budget": {"params": 0.3},
+    "layerwise": {"method": "wanda"}, "finetune": {"epochs": 2, "distill": 0.5},
+}  # fmt: skip
 LOTTERY: dict[str, Any] = {
     "task": "a", "granularity": "weight", "budget": {"params": 0.1}, "criterion": "magnitude",
     "ticket": {"rounds": 4, "rewind": 0.1, "reset": "lr"}, "finetune": {"epochs": 2},
@@ -252,6 +256,28 @@ def test_masks_by_fisher_information() -> None:
     assert "fisher_masks" not in parse_recipe(GOOD).resolved()
     plain = parse_recipe({**FISHER, "fisher_masks": {}})
     assert plain.all_stages()[0].fisher_masks == FisherSearch()
+
+
+def test_layer_by_layer() -> None:
+    recipe = parse_recipe(LAYERWISE)
+    assert recipe.all_stages()[0].layerwise == LayerwiseCut("wanda")
+    found = recipe.resolved()
+    assert found["layerwise"] == {"method": "wanda", "block": 128, "damping": 0.01}
+    assert (found["allocation"], found["schedule"]) == (
+        "uniform", {"curve": "one_shot", "steps": 1},
+    )  # fmt: skip
+    assert "criterion" not in found
+    ranked = parse_recipe({**LAYERWISE, "allocation": "global", "criterion": "taylor"})
+    assert ranked.resolved()["criterion"] == "taylor"
+    assert "layerwise" not in parse_recipe(GOOD).resolved()
+    plain = parse_recipe({**LAYERWISE, "layerwise": {}})
+    assert plain.all_stages()[0].layerwise == LayerwiseCut()
+    later = {**LAYERWISE, "granularity": "weight", "repair": ["norms"]}
+    del later["task"]
+    start = {k: INIT[k] for k in ("granularity", "budget", "at_init")} | {"finetune": {"epochs": 1}}
+    del later["finetune"]
+    both = {"task": "a", "start": "untrained", "stages": [start, later]}
+    assert parse_recipe(both).all_stages()[1].layerwise == LayerwiseCut("wanda")
 
 
 def test_a_ticket() -> None:
@@ -289,6 +315,15 @@ def test_a_ticket() -> None:
          "fisher_masks: damping= is of tune='scales', and tune='weights': leave it away"),
         ({**FISHER, "fisher_masks": {"importance": "any"}},
          "fisher_masks.importance: got 'any', should be 'loss' or 'any_output'"),
+        ({**LAYERWISE, "finetune": {"epochs": 2}, "start": "untrained"},
+         "layerwise: keeps what the layers of a trained network say: leave start away, or take "
+         "at_init"),
+        ({**LAYERWISE, "layerwise": {"methd": "wanda"}}, "layerwise.methd: unknown key. Did you "
+         "mean 'method'?"),
+        ({**LAYERWISE, "layerwise": {"method": "wandah"}}, "layerwise.method: got 'wandah', should "
+         "be 'sparsegpt', 'wanda' or 'magnitude'"),
+        ({**LAYERWISE, "layerwise": {"method": "wanda", "block": 64}},
+         "layerwise: block= is of method='sparsegpt', and method='wanda': leave it away"),
         ({**LOTTERY, "ticket": {"round": 3}}, "ticket.round: unknown key. Did you mean 'rounds'?"),
         ({**INIT, "finetune": {"distill": 0.5}},
          "finetune: an untrained network teaches nothing: no distill, no hidden"),
@@ -300,6 +335,25 @@ def test_a_ticket() -> None:
 )  # fmt: skip
 def test_what_cannot_start(data: dict[str, Any], line: str) -> None:
     assert line in problems(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({**LAYERWISE, "criterion": "taylor"},
+         "criterion: layerwise chooses weights without it, and allocation='uniform' goes by sizes"),
+        ({**LAYERWISE, "criterion": "taylor", "allocation": "erk"}, "allocation='erk' goes by"),
+        ({"task": "a", "stages": [{k: LAYERWISE[k] for k in ("budget", "granularity", "layerwise")}
+                                  | {"criterion": "taylor"}]},
+         "stages.0.criterion: layerwise chooses weights without it"),
+        ({**LAYERWISE, "criterion": "magnitude"}, "criterion='magnitude': layerwise chooses"),
+        ({**LAYERWISE, "granularity": "structured"}, "it needs granularity='weight'"),
+    ],
+)  # fmt: skip
+def test_what_a_cut_layer_by_layer_does_not_read(data: dict[str, Any], line: str) -> None:
+    (found,) = problems(data)
+    assert line in found
+    assert "leave it away, or take an allocation that reads scores (" in found or "needs" in found
 
 
 # --- overrides -----------------------------------------------------------------------------------
@@ -369,6 +423,14 @@ STAGES: dict[str, Any] = {
         {**INIT, "at_init": {"method": "snip", "reinitialise": True}},
         FISHER,
         {**FISHER, "round_to": 4, "fisher_masks": {"tune": "scales", "damping": 1, "shrink": 0}},
+        LAYERWISE,
+        {
+            **LAYERWISE,
+            "layerwise": {"block": 64, "damping": 1},
+            "allocation": "lamp",
+            "criterion": "magnitude",
+            "schedule": {"curve": "cubic", "steps": 3},
+        },
         LOTTERY,
         {
             "task": "a",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from secateurs.pipeline import prune as prune
     from secateurs.pipeline import prune_stages as prune_stages
     from secateurs.posttraining import FisherSearch as FisherSearch
+    from secateurs.posttraining import LayerwiseCut as LayerwiseCut
     from secateurs.posttraining import compensate_bias as compensate_bias
     from secateurs.posttraining import prune_layerwise as prune_layerwise
     from secateurs.posttraining import recalibrate_norms as recalibrate_norms
@@ -108,6 +109,7 @@ _ROOMS = {
     "Stage": "pipeline",
     "compensate_bias": "posttraining",
     "FisherSearch": "posttraining",
+    "LayerwiseCut": "posttraining",
     "prune_layerwise": "posttraining",
     "recalibrate_norms": "posttraining",
     "reconstruct": "posttraining",

@@ -223,7 +223,7 @@ class Scores:
         graph: where the targets come from.
         values: target name -> (n_units,) float32; `-inf` marks a unit that was removed
             earlier: it takes part in no statistic and is never kept again.
-        criterion: name of the criterion, with its options.
+        criterion: name of the criterion, with its options; empty where nothing was scored.
         notes: what a reader should know (a target scored sample by sample, ...).
         n_samples: samples that were seen; 0 for data-free criteria.
         not_scored: target name -> why this criterion says nothing about it.

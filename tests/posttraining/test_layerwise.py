@@ -15,7 +15,8 @@ from secateurs.errors import ConfigError, ScoringError
 from secateurs.graph import trace
 from secateurs.masks import check_masks
 from secateurs.posttraining import prune_layerwise
-from secateurs.posttraining.layerwise import sparsegpt, wanda_mask
+from secateurs.posttraining.choosing import sparsegpt, wanda_mask
+from secateurs.posttraining.layerwise import prune_to_counts, split, whole_weights
 from secateurs.testing.nets import case
 from secateurs.types import Batch
 from tests.posttraining.plans import Mixed, random_plan, same, tensors_of
@@ -255,7 +256,7 @@ def test_bad_options_are_refused_and_failures_change_nothing() -> None:
         prune_layerwise(held.model, held.batches, density={"a.weigth": 0.5})
     with pytest.raises(ConfigError, match="unknown method"):
         prune_layerwise(held.model, held.batches, density=0.5, method="obs")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="block must be at least 1"):
+    with pytest.raises(ConfigError, match="block must be a whole number, at least 1, got 0"):
         prune_layerwise(held.model, held.batches, density=0.5, block=0)
     bad = [*held.batches, (torch.full((1, 6), float("nan")).double(), None)]
     with pytest.raises(ScoringError, match="not finite"):
@@ -297,3 +298,76 @@ def test_a_tiny_layer_keeps_a_weight(
     plan, _ = prune_layerwise(net, [(x, None)], density=0.1, method=method)  # 0.4 weights
     assert int(plan.masks["weight"].sum()) == 1
     assert int((net.weight != 0).sum()) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 23, 48])
+def test_products_of_one_tensor_share_its_count(
+    method: Literal["sparsegpt", "wanda", "magnitude"], count: int
+) -> None:
+    torch.manual_seed(0)
+    net = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = torch.randn(9, 5, 4).double()
+    out_before = net.out_proj.weight.detach().clone()
+    plan, won = prune_to_counts(net, [((x, x, x), None)], {"in_proj_weight": count}, method=method)
+    assert set(plan.masks) == set(won.changed) == {"in_proj_weight"}
+    parts = [int(m.sum()) for m in torch.split(plan.masks["in_proj_weight"], 4)]
+    assert sum(parts) == count
+    assert max(parts) - min(parts) <= 1
+    assert int((net.in_proj_weight != 0).sum()) == count
+    assert torch.equal(net.out_proj.weight, out_before)
+
+
+def test_shares_of_a_count() -> None:
+    assert split(7, [4, 2, 1]) == [4, 2, 1]
+    assert split(4, [100, 100, 1]) == [1, 2, 1]  # 1.99, 1.99, 0.02, and one at least
+    assert split(2, [1, 1, 1]) == [1, 1, 0]
+    assert split(0, [3, 0]) == [0, 0]
+    assert split(3, [0, 3, 3]) == [0, 2, 1]
+    with pytest.raises(ConfigError, match="7 weights cannot stay of 6"):
+        split(7, [3, 3])
+
+
+def test_counts_are_those_asked_or_an_error() -> None:
+    held = case("mlp")
+    model = copy.deepcopy(held.model)
+    first, _ = prune_to_counts(model, held.batches, {"a.weight": 20}, why="budget units=0.5")
+    assert first.reasons == {
+        "a.weight": "28 of 48 weight units removed layer by layer: sparsegpt, budget units=0.5"
+    }
+    told: list[tuple[int, int]] = []
+    second, _ = prune_to_counts(
+        model, held.batches, {"a.weight": 11, "b.weight": 7}, previous=first,
+        progress=lambda done, n: told.append((done, n)),
+    )  # fmt: skip
+    assert {n: int(m.sum()) for n, m in second.masks.items()} == {"a.weight": 11, "b.weight": 7}
+    assert not (second.masks["a.weight"] & ~first.masks["a.weight"]).any()
+    assert told == [(1, 2), (2, 2)]
+    before = tensors_of(model)
+    with pytest.raises(ConfigError, match="12 weights cannot stay of 11"):
+        prune_to_counts(model, held.batches, {"a.weight": 12}, previous=second)
+    with pytest.raises(ConfigError, match=r"Did you mean 'a.weight'"):
+        prune_to_counts(model, held.batches, {"a.weigth": 12})
+    assert same(tensors_of(model), before)
+
+
+def test_a_layer_that_was_to_be_pruned_and_is_not_called() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    net, batches = Idle(), [(torch.randn(8, 4), None)]
+    before = tensors_of(net)
+    assert whole_weights(net, batches) == {"idle.weight": "its module is never called"}
+    assert same(tensors_of(net), before)
+    with pytest.raises(ConfigError, match=r"exclude=.*\n  idle.weight: its module is never called"):
+        prune_to_counts(net, batches, {"used.weight": 3, "idle.weight": 3})
+    assert same(tensors_of(net), before)
+    plan, _ = prune_layerwise(net, batches, density=0.5)
+    assert set(plan.masks) == {"used.weight"}
+    assert plan.reasons["used.weight"].endswith("layer by layer: sparsegpt, density 0.5")

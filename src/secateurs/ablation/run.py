@@ -228,7 +228,12 @@ def _summary(
     failed: dict[str, str],
 ) -> Ablation:
     method = " then ".join(
-        dict.fromkeys(get_criterion(stage.criterion).label for stage in recipe.all_stages())
+        dict.fromkeys(
+            get_criterion(stage.criterion).label
+            if stage.layerwise is None
+            else stage.layerwise.method
+            for stage in recipe.all_stages()
+        )
     )
     compared = partial(compare, rows, method=method, maximize=recipe.maximize)
     comparisons = [c for name in recipe.controls if (c := compared(name)) is not None]

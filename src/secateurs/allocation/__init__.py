@@ -13,12 +13,13 @@ from secateurs.allocation.counts import allocate, preview
 from secateurs.allocation.curves import Curve, Sensitivity
 from secateurs.allocation.frame import same_place
 from secateurs.allocation.previews import Preview, PreviewRow
-from secateurs.allocation.problem import ALLOCATORS, Problem, allocator
+from secateurs.allocation.problem import ALLOCATORS, BY_SIZE, Problem, allocator
 from secateurs.allocation.rounding import Rounding, RoundTo, check_round_to
 from secateurs.allocation.thresholds import THRESHOLDS, threshold
 
 __all__ = [
     "ALLOCATORS",
+    "BY_SIZE",
     "THRESHOLDS",
     "Curve",
     "Preview",

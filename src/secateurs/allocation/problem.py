@@ -16,6 +16,7 @@ from secateurs.types import Graph, IntArray
 
 __all__ = [
     "ALLOCATORS",
+    "BY_SIZE",
     "Allocation",
     "Allocator",
     "FloatArray",
@@ -152,15 +153,19 @@ class Problem:
 Allocator = Callable[[Problem], Allocation]
 ALLOCATORS: dict[str, Allocator] = {}
 """The registry: name -> allocator."""
+BY_SIZE: set[str] = set()
+"""Names of allocators that read no scores: sizes alone decide."""
 
 
-def allocator(name: str) -> Callable[[Allocator], Allocator]:
-    """Register a function as the allocator `name`."""
+def allocator(name: str, *, reads_scores: bool = True) -> Callable[[Allocator], Allocator]:
+    """Register a function as the allocator `name`; `reads_scores=False`: sizes alone decide."""
 
     def register(fn: Allocator) -> Allocator:
         if name in ALLOCATORS:
             raise ConfigError(f"allocator {name!r} is already registered; choose another name")
         ALLOCATORS[name] = fn
+        if not reads_scores:
+            BY_SIZE.add(name)
         return fn
 
     return register

@@ -20,7 +20,7 @@ GENTLE = 0.2
 """With "uniform_plus", the fraction of the last layer that stays."""
 
 
-@allocator("uniform")
+@allocator("uniform", reads_scores=False)
 def uniform(problem: Problem) -> Allocation:
     """The same fraction of every target.
 
@@ -31,7 +31,7 @@ def uniform(problem: Problem) -> Allocation:
     return by_share(problem, _alike(problem))
 
 
-@allocator("uniform_plus")
+@allocator("uniform_plus", reads_scores=False)
 def uniform_plus(problem: Problem) -> Allocation:
     """The same fraction of every target but those of the first layer (whole) and the last (20 %).
 
@@ -102,7 +102,7 @@ def _dims(graph: Graph, term: CostTerm) -> list[tuple[int, set[str]]]:
     return found
 
 
-@allocator("erk")
+@allocator("erk", reads_scores=False)
 def erk(problem: Problem) -> Allocation:
     """Densities in proportion to sum of dims / product of dims (Erdos-Renyi-Kernel).
 

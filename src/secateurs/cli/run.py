@@ -217,8 +217,9 @@ def describe(
     if recipe.start == "untrained":
         typer.echo("start: untrained: what is pruned was not trained before")
     for number, (stage, names) in enumerate(zip(stages, units, strict=True), start=1):
-        how = getattr(stage, stage.decided_by or "steps")
-        typer.echo(f"stage {number}: {given(stage.budget or stage.threshold)}, {given(how)}")
+        how = given(getattr(stage, stage.decided_by or "steps"))
+        how += f", {given(stage.layerwise)}" if stage.layerwise is not None else ""
+        typer.echo(f"stage {number}: {given(stage.budget or stage.threshold)}, {how}")
         for name, n in names.items():
             typer.echo(f"  {name}: {n:,} units")
     for left in graph.excluded:

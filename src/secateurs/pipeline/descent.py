@@ -195,7 +195,7 @@ class Descent(Walk):
             return False
         self.take(ranking, counts, must=True)
         self.fresh, self.masked = (ranking, counts), run.metric()
-        run.leave()
+        run.leave(must=stage.layerwise is not None)
         return self.judge()
 
     def judge(self) -> bool:

@@ -54,7 +54,7 @@ class PruneResult:
         masks: weight masks of the smaller model, to go on training with `hold_masks`.
         report: everything worth reading, as data; `report.to_dict()` for JSON.
         masked: the dense-shaped model with everything removed at zero.
-        scores: of the last step that was kept.
+        scores: of the last step that was kept; zeros by no criterion where sizes alone decided.
         counts: of the last step that was kept.
         history: fine-tuning after each step, those that were rolled back included; one for all
             steps of a stage with `Schedule(every=)`; before them, that of `Stage(prepare=)`.
@@ -114,8 +114,8 @@ def prune(
         evaluate: `evaluate(model)` on validation data; a float or a dict.
         **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control`, `max_drop`,
             `allow_missed`, `prepare`, `penalty`, `repair`, `regrow`, `at_init`, `ticket`,
-            `fisher_masks` as in `Stage`, and the options of `prune_stages` (`include` and
-            `exclude` among them).
+            `fisher_masks`, `layerwise` as in `Stage`, and the options of `prune_stages` (`include`
+            and `exclude` among them).
 
     Raises:
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from secateurs.allocation import ALLOCATORS, BY_SIZE
 from secateurs.controls import CONTROLS
 from secateurs.criteria import get_combination
 from secateurs.errors import choose
+from secateurs.regrowth import RULES
 from secateurs.tickets.initial import check_at_init
 from secateurs.types import Budget, expand_granularity
 
@@ -25,7 +27,7 @@ WHOLE_CUTS = ("at_init", "ticket", "fisher_masks")
 """Fields that each say how the whole cut of a stage is made, in place of steps."""
 NEVER_TOO = {
     "threshold": None, "schedule": None, "control": None, "max_drop": None, "allow_missed": False,
-    "prepare": None, "penalty": None, "repair": (), "homogeneous": False,
+    "prepare": None, "penalty": None, "repair": (), "homogeneous": False, "layerwise": None,
 }  # fmt: skip
 """Fields that none of `WHOLE_CUTS` reads, and their defaults."""
 NOR: Mapping[str, Mapping[str, Any]] = {
@@ -55,6 +57,7 @@ def problems(stage: Stage) -> Iterator[str]:
     yield from _penalty_problems(stage)
     yield from _repair_problems(stage)
     yield from _regrow_problems(stage)
+    yield from _layerwise_problems(stage)
 
 
 def _start_problems(stage: Stage) -> Iterator[str]:
@@ -233,3 +236,56 @@ def _clock_problems(stage: Stage) -> Iterator[str]:
         )
     if stage.control == "reinit":
         yield f'{what}; control="reinit" trains after the last cut: leave every away'
+
+
+def unread_criterion(allocation: str) -> str:
+    """What to say of a criterion beside `layerwise` and an allocation by sizes."""
+    others = ", ".join(name for name in ALLOCATORS if name not in BY_SIZE)
+    return (
+        f"layerwise chooses weights without it, and allocation={allocation!r} goes by sizes: leave "
+        f"it away, or take an allocation that reads scores ({others})"
+    )
+
+
+def _layerwise_problems(stage: Stage) -> Iterator[str]:
+    """What a cut layer by layer cannot be combined with."""
+    how = stage.layerwise
+    if how is None or stage.decided_by is not None:
+        return  # what decides the whole cut does not read it, which is said already
+    if expand_granularity(stage.granularity) != {"weight"}:
+        yield "layerwise= cuts single weights: it needs granularity='weight'"
+    if stage.threshold is not None:
+        yield (
+            "layerwise= cuts each layer to a number of weights, and a threshold gives none: give a "
+            "budget, as in Budget(units=0.5), or leave layerwise away"
+        )
+    if stage.unscored and stage.criterion != "taylor":
+        yield f"criterion={stage.criterion!r}: {unread_criterion(stage.allocation)}"
+    if stage.unscored and not stage.steps.rescore:
+        yield (
+            f"Schedule(rescore=False): with layerwise= and allocation={stage.allocation!r} nothing "
+            "is scored: leave rescore away"
+        )
+    if stage.steps.every is not None:
+        yield (
+            f"layerwise= solves a model between two trainings, and Schedule(every="
+            f"{stage.steps.every!r}) cuts inside one: leave every away"
+        )
+    if stage.control not in (None, "reinit"):
+        yield (
+            f"control={stage.control!r} changes scores, and layerwise= chooses weights without "
+            "them: compare with criterion='random' and no layerwise, or take control='reinit'"
+        )
+    if how.method != "sparsegpt":
+        return
+    if "bias" in stage.repair:
+        yield (
+            "repair=('bias',) adds what removed weights said, and layerwise= by 'sparsegpt' has "
+            "those that stay make up for it already: leave bias away, or take method='wanda'"
+        )
+    if stage.regrow is not None and RULES[stage.regrow.rule].dense:
+        yield (
+            f"Regrow({stage.regrow.rule!r}) brings weights back with their values from before the "
+            "cut, and layerwise= by 'sparsegpt' has the others make up for them: take 'rigl' or "
+            "'set', or method='wanda'"
+        )

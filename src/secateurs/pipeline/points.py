@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from secateurs.types import Counts, Plan, Scores
+from secateurs.types import Counts, Graph, Plan, Scores
 
-__all__ = ["Point", "Ranking"]
+__all__ = ["Point", "Ranking", "unscored"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,12 @@ class Ranking:
     def without(self, plan: Plan | None) -> Ranking:
         """The same ranking of what a plan has left."""
         return Ranking(_left(self.scores, plan), [_left(s, plan) for s in self.null])
+
+
+def unscored(graph: Graph, granularity: str | tuple[str, ...], plan: Plan | None) -> Ranking:
+    """Zeros for all that is left, by no criterion: for allocations that go by sizes."""
+    zeros = {t.name: torch.zeros(t.n_units) for t in graph.select(granularity)}
+    return Ranking(Scores(graph, zeros, "")).without(plan)
 
 
 def _left(scores: Scores, plan: Plan | None) -> Scores:

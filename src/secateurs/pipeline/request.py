@@ -21,8 +21,9 @@ from secateurs.latency import resize_batch
 from secateurs.pipeline.fitting import late_starts
 from secateurs.pipeline.regrowing import mixed_stages
 from secateurs.pipeline.resolving import check_budget
+from secateurs.pipeline.seeing import naming_whole, only_seen
 from secateurs.pipeline.stage import Stage
-from secateurs.posttraining import FisherSearch
+from secateurs.posttraining import FisherSearch, LayerwiseCut
 from secateurs.schedules import Schedule
 from secateurs.statistics import check_fits, make_job
 from secateurs.tickets import AtInit, TicketSearch
@@ -78,8 +79,11 @@ def check_request(
         model, example_inputs, outputs=outputs, heads=_heads(stages),
         norm="pin" if norm == "pin" else "exact",
     ).only(include, exclude, model)  # fmt: skip
+    if any(stage.layerwise is not None for stage in stages):
+        graph = only_seen(graph, model, batches if calibration is None else calibration)
     for stage in stages:
-        _check_reachable(stage, model, graph)
+        with naming_whole(stage, graph):
+            _check_reachable(stage, model, graph)
     if latency is not None and isinstance(latency, (int, str)):
         raise ConfigError(f"latency must be a list of batch sizes, got {latency!r}")
     with preserve(model), in_mode(model, training=False), torch.no_grad():
@@ -169,14 +173,14 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
             f"it has {', '.join(found) or 'no prunable part'}{'. ' * bool(reasons)}{reasons}"
         )
     asked, params = get_combination(stage.judged_by), check_fits(model, targets)
-    if stage.fisher_masks is None:
+    if stage.at_init is not None or not stage.unscored:
         for part in asked.parts:
             job = make_job(part, targets, model, params, stage.granularity)
         targets = job.targets
     if stage.threshold is not None:
         return
     if stage.allocation == "sensitivity":  # its curves are not measured yet
-        stage = replace(stage, allocation="uniform")
+        stage = replace(stage, allocation="uniform", layerwise=None)
     blank = Scores(graph, {t.name: torch.zeros(t.n_units) for t in targets}, asked.label)
     if stage.searches:
         stage.allocated(blank, Budget(**{stage.smallest_in: 1.0}))
@@ -194,7 +198,15 @@ def _check_reachable(stage: Stage, model: nn.Module, graph: Graph) -> None:
 
 
 def given(
-    asked: Budget | Threshold | Schedule | AtInit | TicketSearch | FisherSearch | str | None,
+    asked: Budget
+    | Threshold
+    | Schedule
+    | AtInit
+    | TicketSearch
+    | FisherSearch
+    | LayerwiseCut
+    | str
+    | None,
 ) -> str:
     """A budget, threshold, schedule, ... with the fields that were given."""
     if isinstance(asked, str):

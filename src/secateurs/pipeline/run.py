@@ -25,7 +25,7 @@ from secateurs.finetuning import (
 from secateurs.latency import LatencyTable, fit_latency
 from secateurs.masks import apply_masks_
 from secateurs.pipeline.onlooking import Onlooker, length
-from secateurs.pipeline.points import Point, Ranking
+from secateurs.pipeline.points import Point, Ranking, unscored
 from secateurs.pipeline.regrowing import moved, told
 from secateurs.pipeline.request import given
 from secateurs.pipeline.resuming import Memory
@@ -178,7 +178,9 @@ class Run:
         return self.samples
 
     def rank(self, stage: Stage, samples: Batches) -> Ranking:
-        """Score what is left."""
+        """Score what is left, if anything reads that."""
+        if stage.unscored:
+            return unscored(self.graph, stage.granularity, self.plan)
         seed = self.seed + len(self.steps)
         scores = score(
             self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,

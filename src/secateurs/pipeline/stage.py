@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from secateurs.allocation import ALLOCATORS, RoundTo, Sensitivity, allocate, check_round_to
+from secateurs.allocation import (
+    ALLOCATORS,
+    BY_SIZE,
+    RoundTo,
+    Sensitivity,
+    allocate,
+    check_round_to,
+)
 from secateurs.allocation.frame import make_frame
 from secateurs.controls import check_null
 from secateurs.cost import dense_cost
@@ -17,7 +24,7 @@ from secateurs.finetuning import Finetune
 from secateurs.latency import LatencyTable
 from secateurs.penalties import Penalty
 from secateurs.pipeline.fitting import TRIES, WHOLE_CUTS, problems
-from secateurs.posttraining import FisherSearch
+from secateurs.posttraining import FisherSearch, LayerwiseCut
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -80,6 +87,11 @@ class Stage:
             tuned, without training; `finetune` may then heal the rest. Budgets in sizes only;
             `round_to="auto"` is 1 here, with which the search is exact. Only the first stage can
             have it.
+        layerwise: which single weights of a layer stay at each cut, in place of scores: SparseGPT,
+            Wanda or magnitude, layer by layer on the calibration data, see `prune_layerwise`.
+            `allocation` says how many stay in each layer; `criterion` is read by allocations that
+            rank scores, and refused beside the others. One step by default. Weights that it cannot
+            see are left whole in all stages, and listed.
 
     Raises:
         ConfigError: a name or a figure is wrong.
@@ -105,6 +117,7 @@ class Stage:
     at_init: AtInit | None = None
     ticket: TicketSearch | None = None
     fisher_masks: FisherSearch | None = None
+    layerwise: LayerwiseCut | None = None
 
     def __post_init__(self) -> None:
         for name, kind, example in (
@@ -118,6 +131,7 @@ class Stage:
             ("at_init", AtInit, 'AtInit("synflow")'),
             ("ticket", TicketSearch, "TicketSearch(rounds=3)"),
             ("fisher_masks", FisherSearch, "FisherSearch()"),
+            ("layerwise", LayerwiseCut, 'LayerwiseCut("wanda")'),
         ):
             value = getattr(self, name)
             if name == "budget" and value == "auto":
@@ -153,6 +167,12 @@ class Stage:
         if self.at_init is None:
             return self.criterion
         return "gradient" if self.at_init.method == "force" else self.at_init.method
+
+    @property
+    def unscored(self) -> bool:
+        """Whether nothing reads `criterion`: a method brings its own measure, or sizes decide."""
+        by_size = self.layerwise is not None and self.allocation in BY_SIZE
+        return self.at_init is not None or self.fisher_masks is not None or by_size
 
     @property
     def null_repeats(self) -> int:
@@ -214,7 +234,7 @@ class Stage:
             BudgetError: as `allocate`; not for a budget that may be missed.
         """
         try:
-            return allocate(
+            counts = allocate(
                 scores, asked, method=self.allocation, min_keep=self.min_keep,
                 round_to=self.multiples, homogeneous=self.homogeneous, null=null,
                 sensitivity=sensitivity, latency=latency, previous=previous,
@@ -222,7 +242,9 @@ class Stage:
         except BudgetError:
             if not self.allow_missed or isinstance(asked, Threshold):
                 raise
-        return replace(self.fewest(scores, previous), asked=asked)
+            counts = replace(self.fewest(scores, previous), asked=asked)
+        # Scores do not say which weights go layer by layer: no score is a threshold.
+        return counts if self.layerwise is None else replace(counts, thresholds={})
 
     def fewest(self, scores: Scores, previous: Plan | None = None) -> Counts:
         """Counts when every target keeps as few units as it may."""
@@ -247,8 +269,8 @@ class Stage:
 
     @property
     def steps(self) -> Schedule:
-        """The schedule; by default five cubic steps to a budget, one shot for a threshold and
-        where one method decides the whole cut.
+        """The schedule; by default five cubic steps to a budget, one shot for a threshold, layer by
+        layer, and where one method decides the whole cut.
 
         For `Budget(metric_drop=)` up to 20 steps that each leave 80 %.
         """
@@ -256,7 +278,8 @@ class Stage:
             return self.schedule
         if self.wants_drop:
             return Schedule("exponential", TRIES)
-        once = self.threshold is not None or self.decided_by is not None
+        whole = self.decided_by is not None or self.layerwise is not None
+        once = self.threshold is not None or whole
         return Schedule("one_shot", 1) if once else Schedule()
 
     @property

@@ -139,7 +139,7 @@ class Rounds(Walk):
             assert run.plan is not None
             reinitialise_(run.work, run.plan.masks, run.seed)
         self.fresh = ranking, counts
-        run.leave()
+        run.leave(must=stage.layerwise is not None)
         return True
 
     def heal(self) -> bool:

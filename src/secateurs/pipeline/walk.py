@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from secateurs.finetuning import snapshot
+from secateurs.pipeline.layerwise import cut_layerwise
 from secateurs.pipeline.points import Ranking
 from secateurs.pipeline.repairing import repair
 from secateurs.pipeline.run import Run
@@ -82,12 +83,15 @@ class Walk(ABC):
             self.before = snapshot(self.run.work)
 
     def take(self, ranking: Ranking, counts: Counts, *, must: bool) -> None:
-        """Select and zero what goes, and repair what can be repaired without training."""
+        """Zero what goes by scores, or layer by layer; repair what needs no training."""
         run = self.run
         gone = 0 if run.plan is None else run.plan.n_removed
         self.look_back()
         trained = bool(self.stage.repair and run.history)
         whole = copied(run.work) if trained else run.model
-        run.take(ranking, counts, must=must)
+        if self.stage.layerwise is None:
+            run.take(ranking, counts, must=must)
+        else:
+            cut_layerwise(run, self.stage, ranking, counts, must=must)
         if run.cut_plan.n_removed > gone:
             repair(run, self.stage, whole)

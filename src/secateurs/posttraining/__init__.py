@@ -11,7 +11,7 @@ it was if it fails, and returns what it `Won`.
 """
 
 from secateurs.posttraining.bias import compensate_bias
-from secateurs.posttraining.config import FisherSearch
+from secateurs.posttraining.config import FisherSearch, LayerwiseCut
 from secateurs.posttraining.fisher_gates import GateFisher, any_output, gate_fisher
 from secateurs.posttraining.fisher_search import FisherMasks, search_masks
 from secateurs.posttraining.layerwise import prune_layerwise
@@ -25,6 +25,7 @@ __all__ = [
     "FisherMasks",
     "FisherSearch",
     "GateFisher",
+    "LayerwiseCut",
     "Won",
     "any_output",
     "compensate_bias",

@@ -101,12 +101,17 @@ class Passes:
         groups: layers in the order of their execution. Those stand together of which none can
             change what another reads, since all their calls read the same tensors.
         calls: module path -> calls in one run.
-        notes: layers that are in no group, and why.
+        left: name of a layer that is in no group -> why.
     """
 
     groups: list[list[Layer]]
     calls: dict[str, int]
-    notes: list[str]
+    left: dict[str, str]
+
+    @property
+    def notes(self) -> list[str]:
+        """The layers that are left, and why."""
+        return [f"{name}: {why}, left" for name, why in self.left.items()]
 
 
 def passes(model: nn.Module, layers: Sequence[Layer], batches: Batches) -> Passes:
@@ -131,9 +136,9 @@ def passes(model: nn.Module, layers: Sequence[Layer], batches: Batches) -> Passe
         for layer in sorted(mine, key=lambda x: x.stage):
             name = (layer.stage, path if layer.stage else "", tuple(key))
             groups.setdefault(name, []).append(layer)
-    notes = [f"{x.name}: its module is never called, left" for x in layers if x.path not in keys]
-    notes += [f"{name}: its module does more than multiply and add, left" for name in sorted(odd)]
-    return Passes(list(groups.values()), {path: len(key) for path, key in keys.items()}, notes)
+    left = {x.name: "its module is never called" for x in layers if x.path not in keys}
+    left |= dict.fromkeys(sorted(odd), "its module does more than multiply and add")
+    return Passes(list(groups.values()), {path: len(key) for path, key in keys.items()}, left)
 
 
 def _agrees(layer: Layer, call: Call, weights: Mapping[str, Tensor]) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +11,26 @@ from torch import Tensor, nn
 from secateurs.errors import ConfigError, choose
 from secateurs.filters import Patterns, Place, taken_out
 from secateurs.masks import named_tensors
+from secateurs.posttraining.choosing import (
+    BLOCK,
+    DAMPING,
+    Cutter,
+    Method,
+    by_magnitude,
+    check_layerwise,
+    cutter_of,
+)
 from secateurs.posttraining.cut import Cut
 from secateurs.posttraining.inputs import Moments, inputs_of, passes, quiet, watch_calls
 from secateurs.posttraining.layers import Call, Layer, layers_of
 from secateurs.posttraining.lost import shared
 from secateurs.posttraining.measuring import Judge, checked_finite, relative, restoring
 from secateurs.posttraining.won import Won
-from secateurs.selection import RemovedTable, order_of
+from secateurs.selection import RemovedTable
 from secateurs.surgery.verification import copied
 from secateurs.types import Batches, Evaluate, LossFn, Plan
 
-__all__ = ["prune_layerwise", "sparsegpt", "wanda_mask"]
+__all__ = ["prune_layerwise", "prune_to_counts", "whole_weights"]
 
 
 def prune_layerwise(
@@ -30,9 +38,9 @@ def prune_layerwise(
     batches: Batches,
     *,
     density: float | Mapping[str, float],
-    method: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt",
-    block: int = 128,
-    damping: float = 0.01,
+    method: Method = "sparsegpt",
+    block: int = BLOCK,
+    damping: float = DAMPING,
     previous: Plan | None = None,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
@@ -57,8 +65,8 @@ def prune_layerwise(
             left so far; or one for each weight name, the others stay whole. Counts are exact, and
             at least one weight of each layer stays.
         method: see above.
-        block: columns of which "sparsegpt" chooses together.
-        damping: added to the diagonal of H, in units of its mean.
+        block: columns of which "sparsegpt" chooses together; of that method only.
+        damping: added to the diagonal of H, in units of its mean; of "sparsegpt" only.
         previous: what was removed earlier stays removed, and is part of the new plan.
         include, exclude: weights by name, glob, module or class, as in `Graph.only`.
         loss_fn, evaluate: if given, measured before and after.
@@ -85,40 +93,119 @@ def prune_layerwise(
         Frantar and Alistarh, SparseGPT, 2023, arXiv:2301.00774. Sun et al., A Simple and Effective
         Pruning Approach for Large Language Models (Wanda), 2023, arXiv:2306.11695.
     """
-    choose(method, ["sparsegpt", "wanda", "magnitude"], "method of prune_layerwise")
-    if block < 1 or not damping > 0:
-        raise ConfigError(f"block must be at least 1 and damping above 0, got {block}, {damping}")
+    check_layerwise(method, block, damping)
     layers, notes = _chosen(model, density, include, exclude)
-    dense = copied(model)
-    judge = Judge(dense, batches, loss_fn, evaluate, max_batches)
+    masks = _masks(model, layers, previous)
+    keep = {}
+    for layer in layers:
+        n_left = int(layer.matrix(masks[layer.weight]).sum())
+        share = round(_density(density, layer.weight) * n_left)
+        keep[layer.name] = min(n_left, max(1, share))  # a layer without weights says nothing
+    why = {x.weight: f"{method}, density {_density(density, x.weight)}" for x in layers}
+    task = _Task(layers, masks, keep, method, cutter_of(method, block, damping), previous, why)
     with restoring(model):
-        if previous is not None:
-            Cut(model, dense, previous).apply_(model)
-        judge.start(model)
-        order = passes(model, layers, batches)
-        notes += order.notes
-        if not order.groups:
-            raise ConfigError(
-                "prune_layerwise found no layer that is called; prune before shrink, or use the "
-                'module form of the smaller model (form="module")'
-                + "".join(f"\n  {note}" for note in notes)
-            )
-        masks: dict[str, Tensor] = {}
-        errors = []
-        for group in order.groups:
-            for layer, found in _collected(model, group, order.calls, batches, max_batches):
-                share = _density(density, layer.weight)
-                cutter = _cutter(method, block, damping)
-                error, plain = _prune(model, layer, found, share, cutter, masks, previous)
-                errors.append(error)
-                told = f"error {error:.4f} (smallest weights: {plain:.4f})"
-                notes.append(
-                    f"{layer.name}: {told if found.n else 'no sample reaches it, cut by size only'}"
-                )
-        plan = _plan(masks, previous, f"{method}, density {density} of each layer")
-        mean = sum(errors) / len(errors)
-        won = judge.won(model, f"pruned by {method}", list(masks), notes, (0.0, mean))
-        return plan, won
+        return task.run(model, batches, loss_fn, evaluate, max_batches, notes)
+
+
+def prune_to_counts(
+    model: nn.Module,
+    batches: Batches,
+    counts: Mapping[str, int],
+    *,
+    method: Method = "sparsegpt",
+    block: int = BLOCK,
+    damping: float = DAMPING,
+    previous: Plan | None = None,
+    evaluate: Evaluate | None = None,
+    why: str = "",
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[Plan, Won]:
+    """`prune_layerwise` to a number of weights for each tensor: all of them, or an error.
+
+    The products of one tensor (query, key and value of an attention) share its count in proportion
+    to what they have left, each with at least one if there are enough.
+
+    Args:
+        counts: weight name -> how many stay, of those that are left; others stay whole.
+        why: for the reasons in the plan.
+        progress: called with (layers done, layers).
+
+    Other arguments as `prune_layerwise`.
+
+    Raises:
+        ConfigError: a weight is that of no layer, or its layer is not called.
+        ScoringError: activations that are not finite.
+
+    Example:
+        >>> net = nn.Linear(3, 1, bias=False)
+        >>> _ = net.weight.data.copy_(torch.tensor([[3.0, 5.0, 1.0]]))
+        >>> plan, _ = prune_to_counts(net, [(torch.eye(3), None)], {"weight": 2}, method="wanda")
+        >>> plan.masks["weight"].tolist()
+        [[True, True, False]]
+    """
+    check_layerwise(method, block, damping)
+    every = layers_of(model)
+    for name in counts:
+        choose(name, dict.fromkeys(x.weight for x in every), "weight of a layer")
+    known = [x for x in every if x.weight in counts]
+    masks = _masks(model, known, previous)
+    keep: dict[str, int] = {}
+    for name, count in counts.items():
+        mine = [x for x in known if x.weight == name]
+        left = [int(x.matrix(masks[name]).sum()) for x in mine]
+        shares = split(count, left)
+        keep |= {x.name: share for x, share in zip(mine, shares, strict=True)}
+    reasons = dict.fromkeys(counts, f"{method}, {why}" if why else method)
+    cutter = cutter_of(method, block, damping)
+    task = _Task(known, masks, keep, method, cutter, previous, reasons, True, progress)
+    with restoring(model):
+        return task.run(model, batches, None, evaluate, None, [])
+
+
+def split(count: int, left: Sequence[int]) -> list[int]:
+    """Shares of a count in proportion to what is left; where it suffices none gets nothing.
+
+    Example:
+        >>> split(5, [4, 4, 4]), split(3, [90, 5, 5]), split(1, [2, 2])
+        ([2, 2, 1], [1, 1, 1], [1, 0])
+    """
+    total = sum(left)
+    if not 0 <= count <= total:
+        raise ConfigError(f"{count} weights cannot stay of {total} that are left")
+    shares = [count * n // max(1, total) for n in left]
+    order = sorted(range(len(left)), key=lambda i: -(count * left[i] % max(1, total)))
+    for i in order[: count - sum(shares)]:
+        shares[i] += 1
+    for i, n in enumerate(left):
+        most = max(range(len(left)), key=lambda j: shares[j])
+        if n and not shares[i] and shares[most] > 1:
+            shares[i], shares[most] = 1, shares[most] - 1
+    return shares
+
+
+def whole_weights(model: nn.Module, batches: Batches) -> dict[str, str]:
+    """Weights that `prune_layerwise` would leave whole -> why, by a run of the first batch.
+
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 2))
+        >>> whole_weights(net, [(torch.tensor([0, 2]), None)])
+        {'0.weight': 'no layer whose inputs can be seen'}
+    """
+    layers = layers_of(model)
+    found = _unseen(model, layers)
+    order = passes(model, [x for x in layers if x.weight not in found], batches)
+    return found | {x.weight: order.left[x.name] for x in layers if x.name in order.left}
+
+
+def _unseen(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
+    """Weights that belong to no layer, or to more than one -> why."""
+    names = {x.weight for x in layers}
+    found = {
+        name: f"tied to {other}, which reads other inputs"
+        for name, other in shared(model, layers).items()
+    }
+    params = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    return found | {n: "no layer whose inputs can be seen" for n in params if n not in names}
 
 
 def _chosen(
@@ -139,15 +226,10 @@ def _chosen(
     places = [Place(name, "weight", (name,)) for name in names]
     out = taken_out(places, {}, include, exclude, model)
     notes = [f"{name}: {why}" for name, why in out.items()]
-    for name, other in shared(model, found).items():
-        if name not in out:
-            out[name] = ""
-            notes.append(f"{name}: tied to {other}, which reads other inputs; left whole")
-    params = {n: p for n, p in model.named_parameters() if p.dim() > 1}
-    notes += [
-        f"{n}: no layer whose inputs can be seen; left whole" for n in params if n not in names
-    ]
-    return [x for x in found if x.weight not in out and _density(density, x.weight) < 1], notes
+    whole = _unseen(model, found)
+    notes += [f"{name}: {why}; left whole" for name, why in whole.items() if name not in out]
+    gone = {*out, *whole}
+    return [x for x in found if x.weight not in gone and _density(density, x.weight) < 1], notes
 
 
 def _density(density: float | Mapping[str, float], name: str) -> float:
@@ -182,60 +264,105 @@ def _collected(
     return pairs
 
 
-Cutter = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""(weight, gram, left, how many to keep) -> new weight and mask; all by groups, float64."""
+def _masks(model: nn.Module, layers: Sequence[Layer], previous: Plan | None) -> dict[str, Tensor]:
+    """Weight of each layer -> bool of its shape: what is left so far."""
+    tensors = named_tensors(model)
+    old = {} if previous is None else previous.masks
+    return {
+        name: old[name].clone()
+        if name in old
+        else torch.ones(tensors[name].shape, dtype=torch.bool)
+        for name in dict.fromkeys(x.weight for x in layers)
+    }
 
 
-def _cutter(method: str, block: int, damping: float) -> Cutter:
-    def by_sparsegpt(w: Tensor, h: Tensor, left: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        return sparsegpt(w, h, left, keep, block=block, damping=damping)
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What is to be done to a model.
 
-    def by_wanda(w: Tensor, h: Tensor, left: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        mask = wanda_mask(w, h, left, keep)
-        return w.masked_fill(~mask, 0), mask
+    Attributes:
+        layers: to be pruned, in any order.
+        masks: weight name -> what is left, and in the end what stays.
+        keep: layer name -> how many of its weights stay.
+        method, cutter: who says which.
+        previous: what was removed earlier.
+        why: weight name -> end of the reason in the plan.
+        all_: whether a layer that is not called is an error.
+        progress: called with (layers done, layers).
+    """
 
-    return {"sparsegpt": by_sparsegpt, "wanda": by_wanda, "magnitude": _by_magnitude}[method]
+    layers: Sequence[Layer]
+    masks: dict[str, Tensor]
+    keep: Mapping[str, int]
+    method: Method
+    cutter: Cutter
+    previous: Plan | None
+    why: Mapping[str, str]
+    all_: bool = False
+    progress: Callable[[int, int], object] | None = None
 
+    def run(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        loss_fn: LossFn | None,
+        evaluate: Evaluate | None,
+        max_batches: int | None,
+        notes: list[str],
+    ) -> tuple[Plan, Won]:
+        """Do it in place; as `prune_layerwise`."""
+        dense = copied(model)
+        judge = Judge(dense, batches, loss_fn, evaluate, max_batches)
+        if self.previous is not None:
+            Cut(model, dense, self.previous).apply_(model)
+        judge.start(model)
+        order = passes(model, self.layers, batches)
+        notes = [*notes, *order.notes]
+        if self.all_ and order.left:
+            raise ConfigError(
+                "not every layer that is to be pruned can be: leave these out (exclude=), or look "
+                "at the first batch" + "".join(f"\n  {note}" for note in order.notes)
+            )
+        if not order.groups:
+            raise ConfigError(
+                "prune_layerwise found no layer that is called; prune before shrink, or use the "
+                'module form of the smaller model (form="module")'
+                + "".join(f"\n  {note}" for note in notes)
+            )
+        errors: dict[str, float] = {}
+        done: dict[str, Tensor] = {}
+        for group in order.groups:
+            for layer, found in _collected(model, group, order.calls, batches, max_batches):
+                error, plain = self.prune(model, layer, found)
+                errors[layer.name] = error
+                done[layer.weight] = self.masks[layer.weight]
+                told = f"error {error:.4f} (smallest weights: {plain:.4f})"
+                notes.append(
+                    f"{layer.name}: {told if found.n else 'no sample reaches it, cut by size only'}"
+                )
+                if self.progress is not None:
+                    self.progress(len(errors), len(self.layers))
+        plan = _plan(done, self.previous, self.why)
+        mean = sum(errors.values()) / len(errors)
+        won = judge.won(model, f"pruned by {self.method}", list(done), notes, (0.0, mean))
+        return plan, won
 
-def _by_magnitude(w: Tensor, h: Tensor, left: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    mask = _best(w.abs().masked_fill(~left, -1), keep)
-    return w.masked_fill(~mask, 0), mask
-
-
-def _best(scores: Tensor, keep: int) -> Tensor:
-    """Bool: the `keep` largest of all; of equal ones the first."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[order_of(scores.reshape(-1))[:keep]] = True
-    return mask.view(scores.shape)
-
-
-@torch.no_grad()
-def _prune(
-    model: nn.Module,
-    layer: Layer,
-    found: Moments,
-    density: float,
-    cutter: Cutter,
-    masks: dict[str, Tensor],
-    previous: Plan | None,
-) -> tuple[float, float]:
-    """Prune one layer in place and note its mask; its error, and that of the smallest weights."""
-    tensor = named_tensors(model)[layer.weight]
-    full = masks.get(layer.weight)
-    if full is None:
-        old = None if previous is None else previous.masks.get(layer.weight)
-        full = torch.ones(tensor.shape, dtype=torch.bool) if old is None else old.clone()
-        masks[layer.weight] = full
-    weight = layer.matrix(tensor.detach()).double().cpu().clone()
-    left = layer.matrix(full)
-    n_left = int(left.sum())
-    keep = min(n_left, max(1, round(density * n_left)))  # a layer without weights says nothing
-    new, mask = cutter(weight, found.gram, left, keep)
-    plain, _ = _by_magnitude(weight, found.gram, left, keep)
-    layer.place(tensor, new.to(tensor))
-    layer.place(full, mask)
-    size = _energy(weight, found.gram)
-    return tuple(relative(_energy(w - weight, found.gram), size) for w in (new, plain))  # type: ignore[return-value]
+    @torch.no_grad()
+    def prune(self, model: nn.Module, layer: Layer, found: Moments) -> tuple[float, float]:
+        """Prune a layer in place and note its mask; its error, and that of the smallest weights."""
+        tensor, full = named_tensors(model)[layer.weight], self.masks[layer.weight]
+        weight = layer.matrix(tensor.detach()).double().cpu().clone()
+        left, keep = layer.matrix(full), self.keep[layer.name]
+        new, mask = self.cutter(weight, found.gram, left, keep)
+        plain, _ = by_magnitude(weight, found.gram, left, keep)
+        assert int(mask.sum()) == keep
+        layer.place(tensor, new.to(tensor))
+        layer.place(full, mask)
+        size = _energy(weight, found.gram)
+        return (
+            relative(_energy(new - weight, found.gram), size),
+            relative(_energy(plain - weight, found.gram), size),
+        )
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:
@@ -243,14 +370,15 @@ def _energy(weight: Tensor, gram: Tensor) -> float:
     return max(0.0, float((weight @ gram * weight).sum()))
 
 
-def _plan(masks: Mapping[str, Tensor], previous: Plan | None, why: str) -> Plan:
+def _plan(masks: Mapping[str, Tensor], previous: Plan | None, why: Mapping[str, str]) -> Plan:
     """A plan of these masks, what was removed earlier included."""
     removed = RemovedTable.after(previous)
     for name, mask in masks.items():
         removed.add(name, mask.reshape(-1), single=True)
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
     reasons = {
-        name: f"{int((~mask).sum())} of {mask.numel()} weight units removed layer by layer: {why}"
+        name: f"{int((~mask).sum())} of {mask.numel()} weight units removed layer by layer: "
+        f"{why[name]}"
         for name, mask in masks.items()
     }
     if previous is None:
@@ -263,82 +391,3 @@ def _plan(masks: Mapping[str, Tensor], previous: Plan | None, why: str) -> Plan:
         granularity=tuple(sorted({*previous.granularity, "weight"})),
         reasons={**previous.reasons, **reasons},
     )
-
-
-def wanda_mask(weight: Tensor, gram: Tensor, left: Tensor, keep: int) -> Tensor:
-    """(groups, out, in) bool: in each row the largest |w| ||x_j||, `keep` in all.
-
-    Every row keeps the same share of what it has left, rounded down; what the rounding leaves over
-    goes to the rows whose next weight scores highest.
-
-    Args:
-        weight: (groups, out, in) float64.
-        gram: (groups, in, in), sum of x x'.
-        left: (groups, out, in) bool, what may be kept.
-        keep: weights that stay, in all.
-
-    Example:
-        >>> w, eye = torch.tensor([[[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]]), torch.eye(3)[None]
-        >>> wanda_mask(w, eye, torch.ones(1, 2, 3, dtype=torch.bool), 3).int().tolist()
-        [[[0, 1, 1], [1, 0, 0]]]
-    """
-    norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # (groups, in)
-    scores = (weight.abs() * norm[:, None]).masked_fill(~left, -1).flatten(0, 1)  # (rows, in)
-    n_left = left.flatten(0, 1).sum(1)
-    share = n_left * keep // max(1, int(n_left.sum()))
-    ordered = torch.sort(scores, dim=1, descending=True, stable=True)
-    more = keep - int(share.sum())
-    if more:
-        at = share.clamp(max=scores.shape[1] - 1)[:, None]
-        following = ordered.values.gather(1, at)[:, 0].masked_fill(share >= n_left, -2)
-        share = share + _best(following, more)
-    ranks = torch.arange(scores.shape[1])[None] < share[:, None]
-    return torch.zeros_like(left.flatten(0, 1)).scatter_(1, ordered.indices, ranks).view(left.shape)
-
-
-def sparsegpt(
-    weight: Tensor, gram: Tensor, left: Tensor, keep: int, *, block: int, damping: float
-) -> tuple[Tensor, Tensor]:
-    """New weights and their mask: columns in order, errors fed to those on the right.
-
-    Args:
-        weight: (groups, out, in) float64.
-        gram: (groups, in, in) float64, sum of x x'.
-        left: (groups, out, in) bool, what may be kept; weights elsewhere are zero.
-        keep: weights that stay, in all; each block keeps its share.
-        block: columns of which masks are chosen together.
-        damping: in units of the mean diagonal.
-
-    Example:
-        >>> h = torch.tensor([[[2.0, 1.0], [1.0, 1.0]]]).double()
-        >>> w, whole = torch.tensor([[[1.0, 5.0]]]).double(), torch.ones(1, 1, 2, dtype=torch.bool)
-        >>> new, mask = sparsegpt(w, h, whole, 1, block=2, damping=1e-12)
-        >>> new.round().tolist(), mask.tolist()
-        ([[[0.0, 6.0]]], [[[False, True]]])
-    """
-    n_in = weight.shape[2]
-    level = gram.diagonal(dim1=1, dim2=2).mean(1)  # (groups,)
-    level = torch.where(level > 0, level * damping, 1.0)
-    damped = gram + torch.diag_embed(level[:, None].expand(-1, n_in))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper = torch.linalg.cholesky(
-        inverse, upper=True
-    )  # row j: the inverse once j is the first left
-    work, mask = weight.clone(), torch.zeros_like(left)
-    total, seen, kept = int(left.sum()), 0, 0
-    for low in range(0, n_in, block):
-        high = min(low + block, n_in)
-        scale = upper.diagonal(dim1=1, dim2=2)[:, None, low:high]
-        mine = left[:, :, low:high]
-        seen += int(mine.sum())
-        share = (keep * seen + total // 2) // max(1, total) - kept
-        kept += share
-        score = (work[:, :, low:high] / scale).square().masked_fill(~mine, -1)
-        mask[:, :, low:high] = _best(score, share)
-        errors = torch.zeros_like(score)
-        for j in range(low, high):
-            lost = work[:, :, j].masked_fill(mask[:, :, j], 0) / upper[:, j, j, None]
-            work[:, :, j:high] -= lost[:, :, None] * upper[:, j, None, j:high]
-            errors[:, :, j - low] = lost
-        work[:, :, high:] -= errors @ upper[:, low:high, high:]
-    return work.masked_fill(~mask, 0), mask

@@ -33,7 +33,7 @@ from secateurs.penalties import Penalty
 from secateurs.pipeline import Stage
 from secateurs.pipeline.fitting import unread_by
 from secateurs.pipeline.request import NORMS
-from secateurs.posttraining import FisherSearch
+from secateurs.posttraining import FisherSearch, LayerwiseCut
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
 from secateurs.tickets import AtInit, TicketSearch
@@ -75,6 +75,7 @@ class StageRecipe(BaseModel):
     at_init: AtInit | None = None
     ticket: TicketSearch | None = None
     fisher_masks: FisherSearch | None = None
+    layerwise: LayerwiseCut | None = None
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -131,6 +132,7 @@ class StageRecipe(BaseModel):
             allow_missed=self.allow_missed, prepare=self.prepare, penalty=self.penalty,
             repair=tuple(self.repair), regrow=self.regrow,
             at_init=self.at_init, ticket=self.ticket, fisher_masks=self.fisher_masks,
+            layerwise=self.layerwise,
         )  # fmt: skip
 
 
@@ -248,6 +250,8 @@ class Recipe(StageRecipe):
             if (decider := stage.stage().decided_by) is not None:
                 for name in unread_by(decider):
                     block.pop(name, None)
+            if stage.stage().unscored:
+                block.pop("criterion", None)
             for name in ("allow_missed", "repair"):
                 if not block.get(name):
                     block.pop(name, None)

@@ -14,14 +14,15 @@ from pydantic import (
     ValidationError,
 )
 
+from secateurs.allocation import BY_SIZE
 from secateurs.asked.dotted import set_value
 from secateurs.asked.search import Folds, Search
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
 from secateurs.imports import near_file
 from secateurs.penalties import Penalty
-from secateurs.pipeline.fitting import unread_by
-from secateurs.posttraining import FisherSearch
+from secateurs.pipeline.fitting import unread_by, unread_criterion
+from secateurs.posttraining import FisherSearch, LayerwiseCut
 from secateurs.recipe.fields import Recipe, StageRecipe
 from secateurs.regrowth import Regrow
 from secateurs.schedules import Schedule
@@ -157,6 +158,7 @@ def _conflicts(data: Mapping[str, Any]) -> Iterator[str]:
             for name in ("at_init", "fisher_masks"):
                 if block.get(name) is not None:
                     yield from _beside(name, place, block, data)
+            yield from _layerwise(place, block, data)
             known = block.get("budget") is not None, block.get("threshold") is not None
             if sum(known) != 1:
                 yield f"{place}: give exactly one of budget and threshold"
@@ -175,6 +177,24 @@ def _beside(
         yield f"{where}at_init: is for a network that was not trained: add start: untrained"
     if decider == "fisher_masks" and untrained:
         yield f"{where}fisher_masks: is for a trained network: leave start away, or take at_init"
+
+
+def _layerwise(place: str, block: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+    """What a cut layer by layer does not read although it is the default, and its start."""
+    if block.get("layerwise") is None:
+        return
+    where = "" if place == "recipe" else f"{place}."
+    default = {name: field.default for name, field in StageRecipe.model_fields.items()}
+    allocation = block.get("allocation") or default["allocation"]
+    by_size = isinstance(allocation, str) and allocation in BY_SIZE
+    if by_size and block.get("criterion") == default["criterion"]:
+        yield f"{where}criterion: {unread_criterion(allocation)}"
+    first = place in ("recipe", "stages.0") and block.get("prepare") is None
+    if data.get("start") == "untrained" and first:
+        yield (
+            f"{where}layerwise: keeps what the layers of a trained network say: leave start away, "
+            "or take at_init"
+        )
 
 
 def _untrained(data: Mapping[str, Any], blocks: Mapping[str, Any]) -> Iterator[str]:
@@ -236,7 +256,8 @@ def _known_keys(path: list[str]) -> list[str]:
     nested: dict[str, Any] = {
         "budget": Budget, "threshold": Threshold, "schedule": Schedule, "finetune": Finetune,
         "prepare": Finetune, "penalty": Penalty, "regrow": Regrow, "at_init": AtInit,
-        "ticket": TicketSearch, "fisher_masks": FisherSearch, "search": Search, "folds": Folds,
+        "ticket": TicketSearch, "fisher_masks": FisherSearch, "layerwise": LayerwiseCut,
+        "search": Search, "folds": Folds,
     }  # fmt: skip
     names = [p for p in path if not p.isdigit()]
     if names and names[-1] in nested:

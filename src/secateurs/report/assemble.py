@@ -290,7 +290,7 @@ def _target_rows(run: Outcome) -> tuple[TargetRow, ...]:
                     n_units=target.n_units,
                     n_kept=counts.kept.get(name, target.n_units),
                     members=members,
-                    histogram=score_histogram(values),
+                    histogram=score_histogram(values) if scores.criterion else None,
                     threshold=counts.thresholds.get(name),
                     reason=run.plan.reasons.get(name, ""),
                 )

@@ -154,6 +154,12 @@ def suggestions(recipe: Recipe, report: Report, out: str) -> tuple[str, ...]:
         lines.append(f"is the search better than chance? {again('random', *chance, *repair)}")
     elif stage.ticket is not None:
         lines.append(f"is the ticket better than chance? {again('random', 'criterion=random')}")
+    elif stage.layerwise is not None and stage.control is None:
+        changes = ["layerwise=null", "criterion=random"]
+        if stage.layerwise.method == "sparsegpt" and "reconstruct" not in stage.repair:
+            changes.append(f"repair=[{', '.join(['reconstruct', *stage.repair])}]")
+        method = stage.layerwise.method
+        lines.append(f"is {method} better than chance? {again('random', *changes)}")
     elif stage.control is None:
         control = "random" if stage.budget is not None else "shuffle"
         lines.append(f"is the criterion better than chance? {again(control, f'control={control}')}")
