@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -14,13 +16,13 @@ __all__ = ["repair"]
 
 DO: Mapping[str, Callable[[Run, nn.Module], Won]] = {
     "bias": lambda run, whole: compensate_bias(
-        run.work, whole, run.cut_plan, run.samples, graph=run.graph, evaluate=run.evaluate
+        run.work, whole, run.cut_plan, run.samples, graph=run.graph, evaluate=run.evaluate_alone
     ),
     "reconstruct": lambda run, whole: reconstruct(
-        run.work, whole, run.cut_plan, run.samples, evaluate=run.evaluate
+        run.work, whole, run.cut_plan, run.samples, evaluate=run.evaluate_alone
     ),
     "norms": lambda run, whole: recalibrate_norms(
-        run.work, run.samples, masks=run.cut_plan, evaluate=run.evaluate
+        run.work, run.samples, masks=run.cut_plan, evaluate=run.evaluate_alone
     ),
 }
 """One of `REPAIRS` -> what it does to the model that was cut."""
@@ -34,5 +36,9 @@ def repair(run: Run, stage: Stage, whole: nn.Module) -> None:
     """
     for name in stage.repair:
         run.tell(f"repair: {name}")
-        won = DO[name](run, whole)
+        before = run.metrics() if run.peers.many else {}
+        won = run.once(f"repair: {name}", partial(DO[name], run, whole), changes=True)
+        if run.peers.many:
+            after = {**won.after, **run.metrics()}
+            won = replace(won, before={**won.before, **before}, after=after)
         run.notes += [f"after cut {len(run.steps) + 1}: {won.text()}", *won.notes]
