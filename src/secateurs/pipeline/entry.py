@@ -224,6 +224,7 @@ def prune_stages(
     }  # fmt: skip
     with random_state(seed), shown as tell:
         options = [calibration is not None, test is not None, checkpoint is not None, resume]
+        peers.check(model, stages)
         peers.same_start(model, {**asked, "options": [*options, latency]})
         graph = check_request(
             model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,

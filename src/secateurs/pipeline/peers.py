@@ -68,8 +68,11 @@ class Peers:
         Raises:
             ConfigError: so it is; names the way out.
         """
-        if self.ranks.group is None or not isinstance(model, nn.Module):
-            return
+        if self.ranks.group is not None and isinstance(model, nn.Module):
+            with self.ranks.agreed("prune"):
+                self._refuse(model, stages)
+
+    def _refuse(self, model: nn.Module, stages: Sequence[Stage]) -> None:
         if is_sharded(model) or unwrapped(model) is not model:
             raise ConfigError(
                 "prune: give every process the plain model: it is wrapped for the training, and "

@@ -59,7 +59,6 @@ def check_request(
     """
     with peers.ranks.agreed("prune"):
         _check_arguments(model, loss_fn, stages, evaluate, test, norm, form)
-    peers.check(model, stages)
     of_first = () if calibration is not None else stages
     batches = peers.shown(model, batches, loss_fn, of_first)
     if calibration is not None:
