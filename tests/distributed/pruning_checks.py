@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,14 +289,13 @@ def check_an_error_on_one_rank_is_raised_on_all(folder: Path) -> None:
             return len(parts[rank])
 
     options: dict[str, Any] = {"finetune": SHORT, "schedule": Schedule("cubic", steps=2)}
-    said = raised(Exception, lambda: run(mlp(), parts[rank], "world", loss=failing(9, mse_loss),
-                                         **options))  # type: ignore[arg-type]  # fmt: skip
+    given = {**options, "loss": failing(9, mse_loss)}
+    said = raised(Exception, partial(run, mlp(), parts[rank], "world", **given))
     assert "the lamp is out" in said
     for after in (0, 2):
-        evaluate = failing(after, size_of_outputs)
-        given = {**options, "evaluate": evaluate}
+        given = {**options, "evaluate": failing(after, size_of_outputs)}
         kind = ScoringError if after == 0 else RankError if rank != 1 else RuntimeError
-        said = raised(kind, lambda o=given: run(mlp(), parts[rank], "world", **o))  # type: ignore[misc]
+        said = raised(kind, partial(run, mlp(), parts[rank], "world", **given))
         assert "the lamp is out" in said
         assert rank == 1 or "evaluate failed on rank 1 of" in said
     said = raised(Exception, lambda: run(mlp(), Torn(), "world", **options))
