@@ -101,6 +101,7 @@ def speak(text: str, error: BaseException | None = None) -> None:
 
 def end(code: int) -> NoReturn:
     """End this process; without cleaning up behind a group, which aborts it now and then."""
+    _quiet.close()
     if _store is None:
         sys.exit(code)
     import torch.distributed as dist
