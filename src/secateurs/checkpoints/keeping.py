@@ -50,7 +50,10 @@ class Keeper(Protocol):
     """State to go on from; None to start."""
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint should be written after so many optimizer steps."""
+        """Whether a checkpoint should be written after so many optimizer steps.
+
+        Of several processes all write one as soon as it is True on any of them.
+        """
 
     def save(self, step: int, state: Any) -> object:
         """Write one."""

@@ -116,8 +116,8 @@ def prune(
         evaluate: `evaluate(model)` on validation data; a float or a dict.
         **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control`, `max_drop`,
             `allow_missed`, `prepare`, `penalty`, `repair`, `regrow`, `at_init`, `ticket`,
-            `fisher_masks` as in `Stage`, and the options of `prune_stages` (`include` and
-            `exclude` among them).
+            `fisher_masks` as in `Stage`, and the options of `prune_stages` (`include`,
+            `exclude` and `group` among them).
 
     Raises:
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
