@@ -8,14 +8,12 @@ Then `tensorboard --logdir runs/board`. Nothing about the training changes: a lo
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from secateurs.distributed import plain
 from secateurs.errors import ConfigError, MissingDependencyError
 from secateurs.finetuning import EpochRow, Part, Training
 from secateurs.masks import model_sparsity
@@ -66,8 +64,7 @@ class BoardLog(Part):
 
     def start(self, training: Training) -> None:
         """A training begins: its steps are counted on from the one before."""
-        self._training = replace(training, model=plain(training.model))
-        self._before = self._now
+        self._training, self._before = training, self._now
 
     def gradients(self, steps: int) -> None:
         """The norm of the gradient; sometimes the gradients themselves."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
+from secateurs.boards import BoardLog
 from secateurs.distributed import assert_same
 from secateurs.errors import BudgetError, ConfigError, DataError, RankError, ScoringError
 from secateurs.finetuning import Finetune
@@ -303,12 +304,20 @@ def check_an_error_on_one_rank_is_raised_on_all(folder: Path) -> None:
     assert_same("all are here", "world")
 
 
-def check_a_run_is_the_same_without_others_in_the_group(folder: Path) -> None:
-    """The dense model and its copies: nothing of what is given is changed."""
+def check_what_is_given_stays_and_one_rank_logs(folder: Path) -> None:
+    """The model that came in is not changed; curves have the names of the plain model."""
     rank, size = ranks()
     model = cnn().train()
     before = copy.deepcopy(model.state_dict())
-    result = run(model, data_of(size)[rank], "world", finetune=SHORT)
+    where = folder / f"board-{rank}"
+    with BoardLog(where) as log:
+        result = run(model, data_of(size)[rank], "world", finetune=SHORT, log=log)
     assert result.model.training
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert not any(p.grad is not None for p in model.parameters())
+    assert where.exists() == (rank == 0)
+    if rank == 0:
+        (file,) = where.iterdir()
+        content = file.read_bytes()
+        assert b"weights/1.weight" in content
+        assert b"module." not in content
