@@ -76,7 +76,7 @@ SHORT = Finetune(epochs=2, lr=0.02)
 LIKE_ONE: Mapping[str, dict[str, Any]] = {
     "in steps": {"schedule": Schedule("cubic", steps=3), "finetune": SHORT},
     "inside one training": {
-        "granularity": "weight", "schedule": Schedule("linear", steps=2, every="2 steps"),
+        "granularity": "weight", "schedule": Schedule("linear", steps=2, every="1 epochs"),
         "finetune": Finetune(epochs=3, lr=0.02, lr_schedule="cosine"), "criterion": "snip",
     },
     "masks that move": {
@@ -133,11 +133,11 @@ def check_the_last_steps_of_a_descent_were_undone(folder: Path) -> None:
 
 
 ONCE: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "repair: norms": ("cnn", {"repair": ("bias", "norms"), "finetune": SHORT}),
+    "repair: norms": ("cnn", {"repair": ("bias", "norms")}),
     "sensitivity": ("cnn", {"allocation": "sensitivity"}),
     "at_init: snip": ("mlp", {"at_init": AtInit("snip"), "granularity": "weight",
                               "finetune": SHORT}),
-    "fisher masks": ("cnn", {"fisher_masks": FisherSearch(), "finetune": SHORT,
+    "fisher masks": ("cnn", {"fisher_masks": FisherSearch(),
                              "budget": Budget(macs=0.6)}),
 }  # fmt: skip
 
@@ -165,7 +165,7 @@ def check_every_rank_gets_the_same_where_its_own_data_differs(folder: Path) -> N
         "labels": {"control": "random-labels", "schedule": Schedule("one_shot", steps=1)},
         "null": {"budget": None, "threshold": Threshold("permutation", fdr=0.5),
                  "criterion": "snip"},
-        "inside": {**LIKE_ONE["inside one training"], "finetune": SHORT},
+        "inside": LIKE_ONE["inside one training"],
     }  # fmt: skip
     for name, options in cases.items():
         try:
@@ -189,6 +189,11 @@ class Spare(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(*mlp().children())
         self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:5]:
+            x = layer(x)
+        return x
 
 
 def check_a_parameter_without_gradient_is_no_obstacle(folder: Path) -> None:
