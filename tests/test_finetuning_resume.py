@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from secateurs.checkpoints import Checkpoints, tensor_mark
+from secateurs.checkpoints import Checkpoints, random_state, tensor_mark
 from secateurs.errors import ConfigError, FileFormatError
 from secateurs.finetuning import Finetune, Part, Training, finetune
+from secateurs.finetuning.resuming import Place, read_on
 from secateurs.finetuning.state import load_optimizer_
 from secateurs.types import Batches
 
@@ -296,3 +297,18 @@ def test_state_in_another_precision_comes_back_as_it_was() -> None:
     state["state"] = {0: {"momentum_buffer": held}}
     load_optimizer_(optimizer, state)
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], held)
+
+
+@pytest.mark.parametrize(("n", "said"), [(1, "there are only 1"), (2, ""), (3, "there are more")])
+def test_a_process_that_only_kept_step_had_read_all_its_batches(n: int, said: str) -> None:
+    """Three steps of an epoch were done, for the last one it had no batch."""
+    data = [(torch.ones(1, 3), torch.ones(1)) for _ in range(n)]
+    place = Place(batches=3, spare=1, random=random_state(data))
+    seen: list[Any] = []
+    reader = read_on(data, torch.device("cpu"), place, keeps=True, passed=seen.append)
+    if said:
+        with pytest.raises(ConfigError, match=f"2 batches of this epoch were done, and {said}"):
+            list(reader)
+    else:
+        assert list(reader) == []
+        assert len(seen) == 2

@@ -38,6 +38,7 @@ LAYERS = (
     "searching",
     "integrations",
     "cli",
+    "__main__",
 )
 LINE = {room: line for line, rooms in enumerate(LAYERS) for room in rooms.split()}
 

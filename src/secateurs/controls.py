@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from secateurs.batches import iterate, model_device
 from secateurs.criteria import Combination, CriterionLike, get_combination
+from secateurs.distributed import ranks_of
 from secateurs.errors import ConfigError
 from secateurs.masks import apply_masks_
 from secateurs.scoring import Options, score
@@ -78,13 +79,24 @@ def _changed(values: Tensor, control: str, generator: torch.Generator) -> Tensor
     return changed
 
 
-def shuffled_targets(batches: Batches, model: nn.Module, seed: int) -> list[Batch]:
+def shuffled_targets(
+    batches: Batches, model: nn.Module, seed: int, *, may_be_empty: bool = False
+) -> list[Batch]:
     """The same inputs with targets permuted among all samples; batch sizes stay.
+
+    Args:
+        batches: of a group of processes those of this one, which then `may_be_empty`; targets
+            stay within them.
+        model: on whose device they are needed.
+        seed: of the permutation.
+        may_be_empty: whether there need not be any.
 
     Raises:
         ConfigError: targets are not tensors with one entry of one shape for each sample.
     """
-    pairs = list(iterate(batches, model_device(model)))
+    pairs = list(iterate(batches, model_device(model), may_be_empty=may_be_empty))
+    if not pairs:
+        return []
     found = [targets for _, targets in pairs]
     if not all(
         isinstance(t, Tensor) and t.dim() and t.shape[1:] == found[0].shape[1:] for t in found
@@ -133,12 +145,12 @@ def null_scores(
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ConfigError(f"repeats must be a whole number, at least 1, got {repeats!r}")
     draws = np.random.SeedSequence(options.get("seed", 0)).generate_state(repeats)
-    return [
-        score(
-            model, shuffled_targets(batches, model, int(draw)), loss_fn, criterion=asked, **options
-        )
-        for draw in draws
-    ]
+    ranks, drawn = ranks_of(options.get("group")), []
+    for draw in draws:
+        with ranks.agreed("shuffling labels"):
+            data = shuffled_targets(batches, model, int(draw), may_be_empty=ranks.size > 1)
+        drawn.append(score(model, data, loss_fn, criterion=asked, **options))
+    return drawn
 
 
 def check_null(criterion: CriterionLike | Combination) -> Combination:

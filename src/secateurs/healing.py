@@ -21,8 +21,17 @@ from torch import nn
 from secateurs.bars import Progress
 from secateurs.boards import BoardLog
 from secateurs.checkpoints import Checkpoints, differences
+from secateurs.distributed import Group, ranks_of
 from secateurs.errors import ConfigError, FileFormatError
-from secateurs.finetuning import Finetune, FinetuneResult, distillation, finetune
+from secateurs.finetuning import (
+    Finetune,
+    FinetuneResult,
+    counted,
+    distillation,
+    finetune,
+    has_unused,
+    wrapped,
+)
 from secateurs.graph import trace
 from secateurs.imports import import_function
 from secateurs.masks import apply_masks_
@@ -32,10 +41,11 @@ from secateurs.recipe import Recipe, parse_recipe
 from secateurs.recipe.reading import override
 from secateurs.report.assemble import metrics_of
 from secateurs.runner import Problem, check_output, is_finished, load_problem
+from secateurs.statistics.together import shared_batches
 from secateurs.surgery import load, save, slice_masks
 from secateurs.surgery.files import load_plan
 from secateurs.tasks import get_task
-from secateurs.types import Plan
+from secateurs.types import Batches, Plan
 
 __all__ = [
     "FILES",
@@ -178,6 +188,7 @@ def heal_saved(
     progress: Progress | None = None,
     checkpoint: Checkpoints | None = None,
     resume: bool = False,
+    group: Group = None,
 ) -> Healed:
     """Train a saved model further, by the data and the loss of its recipe.
 
@@ -186,42 +197,59 @@ def heal_saved(
         tensorboard: folder of a log; None writes none.
         progress: called with (what, optimizer steps done, all of them).
         checkpoint, resume: as in `finetune`.
+        group: "world" or a process group that trains together, as in `load_problem`; each process
+            gets the result, and rank 0 writes the log.
 
     Raises:
         PruningError: files that are damaged, data that is missing, or a training that diverges.
     """
     config, recipe = saved.config, saved.recipe
-    problem = load_problem(recipe, saved.directory, progress=progress)
-    small, plan = (
-        load(saved.directory, _factory(recipe, saved.directory)),
-        load_plan(saved.directory),
-    )
+    ranks = ranks_of(group)
+    problem = load_problem(recipe, saved.directory, progress=progress, group=group)
+    with ranks.agreed("reading the model"):
+        small, plan = (
+            load(saved.directory, _factory(recipe, saved.directory)),
+            load_plan(saved.directory),
+        )
     masks = slice_masks(plan)
     apply_masks_(small, masks)
 
     def evaluate(model: nn.Module) -> Mapping[str, float]:
         return metrics_of(model, lambda m: problem.metric(m, problem.validation))
 
-    before = evaluate(small)
-    with ExitStack() as stack:
-        log = None if tensorboard is None else stack.enter_context(BoardLog(tensorboard))
+    def measured(batches: Batches) -> Mapping[str, float]:
+        with ranks.agreed("evaluate"):
+            found = metrics_of(small, lambda m: problem.metric(m, batches))
+        return ranks.first(found)
 
-        total = length(config, problem.train)
+    before = measured(problem.validation)
+    trainee = small
+    if ranks.size > 1:
+        shared = shared_batches(small, problem.train, ranks)
+        assert shared is not None
+        unused = has_unused(small, shared, problem.loss_fn, ranks)
+        trainee = wrapped(small, ranks, unused=unused)
+    with ExitStack() as stack:
+        logs = tensorboard is not None and ranks.rank == 0
+        log = stack.enter_context(BoardLog(tensorboard)) if tensorboard and logs else None
+
+        total = length(config, counted(problem.train, ranks))
 
         def say(text: str, done: int) -> None:
             if progress is not None:
                 progress(text, min(done, total), total)
 
         looker = Onlooker(say, "train further", epochs=config.n_epochs, log=log)
-        stack.enter_context(random_state(recipe.seed))
+        stack.enter_context(random_state((recipe.seed + ranks.rank) % 2**32))
         done = finetune(
-            small, problem.train, problem.loss_fn, config, masks=masks,
+            trainee, problem.train, problem.loss_fn, config, masks=masks,
             teacher=_teacher(saved, problem, plan), evaluate=evaluate, maximize=recipe.maximize,
             parts=[looker], progress=looker.epoch, checkpoint=checkpoint, resume=resume,
+            group=group,
         )  # fmt: skip
     small.eval()
-    test = metrics_of(small, lambda m: problem.metric(m, problem.test))
-    return Healed(small, plan, config, done, {"before": before, "after": evaluate(small)}, test)
+    test, after = measured(problem.test), measured(problem.validation)
+    return Healed(small, plan, config, done, {"before": before, "after": after}, test)
 
 
 def _factory(recipe: Recipe, base: Path) -> Any:

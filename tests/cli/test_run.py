@@ -298,14 +298,26 @@ def test_ctrl_c_ends_with_one_message(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("verb", [("run", "own.yaml"), ("tasks",)])
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        (("tasks",), "this command works in one process"),
+        (("tasks",), "run and finetune work in several"),
+        (("run", "own.yaml"), "start with torchrun, or unset WORLD_SIZE"),
+    ],
+)
 def test_several_processes_are_refused(
-    run: Run, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, verb: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """But for `run` and `finetune` by torchrun: see tests/distributed."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = run(*verb)
     assert (code, out) == (2, "")
-    assert "WORLD_SIZE=2: this command works in one process" in err
+    assert "WORLD_SIZE=2" in err
+    assert said in err
     assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("RANK", "1")
+    if verb == ("tasks",):
+        assert run(*verb) == (2, "", "")  # the first one has said it
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert run("tasks")[0] == 0

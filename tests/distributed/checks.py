@@ -9,17 +9,32 @@ from pathlib import Path
 import torch
 
 from secateurs.distributed import ranks_of
-from tests.distributed import scores_checks, shards_checks, training_checks
+from tests.distributed import (
+    pruning_checks,
+    resuming_checks,
+    runner_checks,
+    scores_checks,
+    shards_checks,
+    training_checks,
+)
 from tests.distributed.cases import ranks
 
+MODULES = (
+    scores_checks, shards_checks, training_checks, resuming_checks, pruning_checks, runner_checks,
+)  # fmt: skip
 CHECKS: list[Callable[[Path], None]] = [
     value
-    for module in (scores_checks, shards_checks, training_checks)
+    for module in MODULES
     for name, value in vars(module).items()
     if name.startswith("check_") and value.__module__ == module.__name__
 ]
 SMALL = 2
-FOR_TWO = ("check_every_criterion_merges_or_is_refused_by_name",)
+FOR_TWO = (
+    "check_every_criterion_merges_or_is_refused_by_name",
+    "check_a_task_deals_out_its_batches_and_trains_once",
+    "check_ctrl_c_on_one_rank_stops_all_after_the_same_step",
+    *(name for name in vars(pruning_checks) if name.startswith("check_") and "equals" not in name),
+)
 """Checks to which more ranks add nothing."""
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from tests.distributed.cases import adam, masks, net, steps
 from tests.distributed.checks import CHECKS, FOR_TWO, run_checks
 from tests.distributed.dying import LAST, hang, run_and_die, score_and_die, train_and_die
 from tests.distributed.launch import Worker, launch
+from tests.distributed.resuming_checks import run_and_be_killed
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,17 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     assert "RankError: rank 0 of 2: another process of the group is gone" in said
     assert "from the last checkpoint" in said
     assert str(newest(tmp_path / "checkpoints")).endswith("step-4")
+
+
+@pytest.mark.parametrize("what", ["train", "cut"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(what: str, tmp_path: Path) -> None:
+    """Without leave of any rank; a rank that is left for a moment cannot harm the checkpoints."""
+    worker = partial(run_and_be_killed, what=what)
+    assert launch(worker, 2, tmp_path, timeout=20, limit=60)[0] == -9
+    for error in tmp_path.glob("*.error"):
+        error.unlink()
+    codes = launch(worker, 2, tmp_path, timeout=20, limit=60)
+    assert codes == [0, 0], [error.read_text() for error in tmp_path.glob("*.error")]
 
 
 FRESH = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -27,6 +27,7 @@ from secateurs.checkpoints.randomness import (
     set_generator_states,
     set_random_state,
 )
+from secateurs.checkpoints.together import Together, keeper_of
 from secateurs.checkpoints.trees import flatten, restore
 from secateurs.tensorfiles import flush
 
@@ -37,6 +38,7 @@ __all__ = [
     "Keeper",
     "Marks",
     "Saved",
+    "Together",
     "batch_mark",
     "data_marks",
     "differences",
@@ -45,6 +47,7 @@ __all__ = [
     "generator_states",
     "generators_of",
     "interrupts_wait",
+    "keeper_of",
     "plain",
     "random_state",
     "read_state",

@@ -50,7 +50,10 @@ class Keeper(Protocol):
     """State to go on from; None to start."""
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint should be written after so many optimizer steps."""
+        """Whether a checkpoint should be written after so many optimizer steps.
+
+        Of several processes all write one as soon as it is True on any of them.
+        """
 
     def save(self, step: int, state: Any) -> object:
         """Write one."""
@@ -199,6 +202,8 @@ class Checkpoints:
                 continue
             if problems:
                 self.tell(f"{'; '.join(problems)}. Going on from {path}, which is whole")
+            if marks is not None:
+                self._check_processes(saved.marks, marks)
             if marks is not None and (other := differences(saved.marks, marks)):
                 raise ConfigError(
                     f"{self.directory} holds the checkpoints of another run: {'; '.join(other)}. "
@@ -212,6 +217,16 @@ class Checkpoints:
                 "Delete them to start again"
             )
         return None
+
+    def _check_processes(self, before: Marks, now: Marks) -> None:
+        """Each process goes on with what it had itself: there must be as many."""
+        old, new = (marks.get("processes", 1) for marks in (before, now))
+        if old != new:
+            raise ConfigError(
+                f"{self.directory} holds the checkpoints of another run: processes was {old} and "
+                f"is {new}. Resume with {old}. (Checkpoints for any number of processes: "
+                "save_sharded, in a training loop of your own)"
+            )
 
     def begin(self, marks: Marks, *, resume: bool) -> Saved | None:
         """What a run goes on from; None for a start from the beginning.

@@ -5,7 +5,6 @@ Data goes to stdout, progress and messages to stderr. Exit code 0: done; 1: it f
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
@@ -15,6 +14,7 @@ from secateurs.cli import (
     criteria,
     demo,
     finetune,
+    processes,
     run,
     score,
     search,
@@ -54,6 +54,7 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
@@ -64,12 +65,13 @@ def _options(
     """Make a trained network smaller and faster by gradient-based pruning."""
     from secateurs.errors import ConfigError
 
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+    n = processes.n_processes()
+    if n > 1 and context.invoked_subcommand not in processes.SEVERAL:
         raise ConfigError(
-            f"WORLD_SIZE={processes}: this command works in one process, and several would write "
-            "the same files. Start it without torchrun; or write a script, where score, finetune "
-            'and prune_during take group="world": see docs/guide/many-processes.md'
+            f"WORLD_SIZE={n}: this command works in one process, and several would write the same "
+            f"files. Start it without torchrun. {' and '.join(processes.SEVERAL)} work in several "
+            'processes, and in a script score, prune, finetune and prune_during with group="world"'
+            ": see docs/guide/many-processes.md"
         )
 
 
@@ -80,21 +82,22 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    processes.hush()
     try:
         app()
     except PruningError as error:
         if debug:
             raise
-        print(f"secateurs: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        processes.speak(f"secateurs: {error}", error)
+        processes.end(2 if isinstance(error, ConfigError) else 1)
     except SystemExit as end:
         if end.code == CTRL_C:
-            print("secateurs: interrupted", file=sys.stderr)
-            sys.exit(1)
-        raise
+            processes.speak("secateurs: interrupted")
+            processes.end(1)
+        processes.end(end.code if isinstance(end.code, int) else int(end.code is not None))
     except Exception as error:  # a bug of ours or of the user's functions: name it, no traceback
         if debug:
             raise
         kind = type(error).__name__
-        print(f"secateurs: {kind}: {error}\n(--debug shows where)", file=sys.stderr)
-        sys.exit(1)
+        processes.speak(f"secateurs: {kind}: {error}\n(--debug shows where)", error)
+        processes.end(1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from secateurs.cli.run import CHECKPOINTS, resumable, tell
+from secateurs.cli.processes import begin
+from secateurs.cli.run import CHECKPOINTS, resumable, tell, unseen
 
 
 def finetune(
@@ -33,23 +35,42 @@ def finetune(
     from secateurs.bars import bar
     from secateurs.checkpoints import Checkpoints
     from secateurs.cli.output import prints_to_stderr
+    from secateurs.distributed import on_first
     from secateurs.healing import heal_saved, is_healed, read_saved, write_healed
 
     saved = read_saved(directory, tuple(set_))
     where = out or directory.with_name(f"{directory.name}-finetuned")
+    ranks = begin()
+    first = ranks.rank == 0
     kept = Checkpoints(where / CHECKPOINTS, say=tell)
-    if is_healed(saved, where, kept, resume=resume, force=force):
-        tell(f"{where} is complete: nothing is left to do")
-        show(json.loads((where / "finetune.json").read_text(encoding="utf-8")), as_json)
+    done = on_first(
+        ranks.group,
+        lambda: is_healed(saved, where, kept, resume=resume, force=force),
+        "looking at earlier results",
+    )
+    if ranks.first(done):
+        if first:
+            tell(f"{where} is complete: nothing is left to do")
+            show(json.loads((where / "finetune.json").read_text(encoding="utf-8")), as_json)
         return
-    with resumable(kept), prints_to_stderr(), bar(saved.recipe.task or "model") as step:
+    with ExitStack() as stack:
+        if first:
+            stack.enter_context(resumable(kept))
+        stack.enter_context(prints_to_stderr())
+        step = stack.enter_context(bar(saved.recipe.task or "model")) if first else unseen
         step("load", 0, 1)
         healed = heal_saved(
-            saved, tensorboard=tensorboard, progress=step, checkpoint=kept, resume=resume
+            saved, tensorboard=tensorboard, progress=step, checkpoint=kept, resume=resume,
+            group=ranks.group,
+        )  # fmt: skip
+        files = on_first(
+            ranks.group,
+            lambda: write_healed(healed, saved, where, force=force or resume),
+            "writing the results",
         )
-        files = write_healed(healed, saved, where, force=force or resume)
-    show(healed.to_dict(), as_json)
-    tell(f"written: {', '.join(str(f) for f in files)}")
+    if files is not None:
+        show(healed.to_dict(), as_json)
+        tell(f"written: {', '.join(str(f) for f in files)}")
 
 
 def show(told: Mapping[str, Any], as_json: bool) -> None:

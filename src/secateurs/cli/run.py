@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from secateurs.cli.processes import begin
+
 if TYPE_CHECKING:
     from secateurs.ablation import Intended
     from secateurs.checkpoints import Checkpoints
@@ -67,6 +69,7 @@ def run(
     from secateurs.checkpoints import Checkpoints
     from secateurs.cli.controls import compare, comparison
     from secateurs.cli.output import prints_to_stderr
+    from secateurs.distributed import on_first
     from secateurs.recipe import read_recipe
     from secateurs.report import check_available
     from secateurs.report.data import Report
@@ -85,42 +88,68 @@ def run(
     parsed = read_recipe(recipe, overrides).anchored(base)
     where = out or Path("runs") / (f"{recipe.stem}-controls" if parsed.controls else recipe.stem)
     check_available()
+    ranks = begin()
+    first = ranks.rank == 0
     if parsed.controls:
-        _single_only(tensorboard, resume)
+        _single_only(tensorboard, resume, ranks.size)
         compare(parsed, base, where, dry_run=dry_run, force=force, as_json=as_json)
         return
     if dry_run:
         check_output(where, force=True)
         with prints_to_stderr():
-            problem = load_problem(parsed, base, train=False)
-            graph = check_recipe(parsed, problem)
-        describe(parsed, problem, graph, where, as_json)
+            problem = load_problem(parsed, base, train=False, group=ranks.group)
+            graph = check_recipe(parsed, problem, group=ranks.group)
+        if first:
+            describe(parsed, problem, graph, where, as_json)
         return
     kept = Checkpoints(where / CHECKPOINTS, say=tell)
-    if is_complete(parsed, where, kept, resume=resume, force=force):
-        tell(f"{where} is complete: nothing is left to do")
-        text = (where / "report.json").read_text(encoding="utf-8")
-        show(Report.from_dict(json.loads(text)), as_json)
+    done = on_first(
+        ranks.group,
+        lambda: is_complete(parsed, where, kept, resume=resume, force=force),
+        "looking at earlier results",
+    )
+    if ranks.first(done):
+        if first:
+            tell(f"{where} is complete: nothing is left to do")
+            text = (where / "report.json").read_text(encoding="utf-8")
+            show(Report.from_dict(json.loads(text)), as_json)
         return
     with ExitStack() as stack:
-        stack.enter_context(resumable(kept))
-        log = stack.enter_context(BoardLog(tensorboard)) if tensorboard is not None else None
+        log = None
+        if first:
+            stack.enter_context(resumable(kept))
+            log = stack.enter_context(BoardLog(tensorboard)) if tensorboard is not None else None
         stack.enter_context(prints_to_stderr())
-        step = stack.enter_context(bar(parsed.task or "model"))
+        step = stack.enter_context(bar(parsed.task or "model")) if first else unseen
         step("load (a task is trained the first time)", 0, 1)
-        problem = load_problem(parsed, base, progress=step)
+        problem = load_problem(parsed, base, progress=step, group=ranks.group)
         result = run_recipe(
-            parsed, problem, out=str(where), progress=step, log=log, checkpoint=kept, resume=resume
+            parsed, problem, out=str(where), progress=step, log=log, checkpoint=kept,
+            resume=resume, group=ranks.group,
+        )  # fmt: skip
+        files = on_first(
+            ranks.group,
+            lambda: write_results(result, parsed, where, force=force or resume),
+            "writing the results",
         )
-        files = write_results(result, parsed, where, force=force or resume)
-    show(result.report, as_json)
-    tell(f"written: {', '.join(str(f) for f in files)}")
+    if files is not None:
+        show(result.report, as_json)
+        tell(f"written: {', '.join(str(f) for f in files)}")
 
 
-def _single_only(tensorboard: Path | None, resume: bool) -> None:
+def unseen(what: str, done: int, total: int) -> None:
+    """The progress of a process that draws no bar."""
+
+
+def _single_only(tensorboard: Path | None, resume: bool, n_processes: int) -> None:
     """Refuse options that mean nothing for many runs."""
     from secateurs.errors import ConfigError
 
+    if n_processes > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={n_processes}: a comparison with controls works in one process: start it "
+            "without torchrun, or leave the controls away for one run"
+        )
     if tensorboard is not None:
         raise ConfigError(
             "--tensorboard is for a single run: the curves of a comparison with controls would "

@@ -1,6 +1,6 @@
 """The processes of a group, and what they tell each other.
 
-    ranks_of(group) -> Ranks     rank, size, gather, sum, join, first, agreed
+    ranks_of(group) -> Ranks     rank, size, gather, sum, join, first, either, agreed
 
 `Ranks` of a single process do nothing and need no process group, so that the same code runs with
 one process and with many. Tensors stay where they are (gloo: CPU, nccl: GPU).
@@ -127,6 +127,10 @@ class Ranks:
         """The sums of some numbers over the ranks."""
         total: list[float] = self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
         return total
+
+    def either(self, *flags: bool) -> list[bool]:
+        """Which of some flags are set on any rank."""
+        return [n > 0 for n in self.add_up(*flags)] if self.size > 1 else list(flags)
 
     def join(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
         """The rows (n, ...) of all ranks below each other, in the order of the ranks.

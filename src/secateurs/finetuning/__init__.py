@@ -19,6 +19,7 @@ from secateurs.finetuning.distillation import Distillation, distillation, distil
 from secateurs.finetuning.hidden import HiddenPoint, hidden_loss, hidden_points
 from secateurs.finetuning.loop import finetune
 from secateurs.finetuning.parts import Part, Training
+from secateurs.finetuning.sharing import counted, has_unused, wrapped
 from secateurs.finetuning.state import restore_, snapshot
 
 __all__ = [
@@ -33,11 +34,14 @@ __all__ = [
     "Part",
     "Training",
     "clock_of",
+    "counted",
     "distillation",
     "distillation_loss",
     "finetune",
+    "has_unused",
     "hidden_loss",
     "hidden_points",
     "restore_",
     "snapshot",
+    "wrapped",
 ]

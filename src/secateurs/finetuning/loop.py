@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from secateurs.checkpoints import (
     Keeper,
     flatten,
     interrupts_wait,
+    keeper_of,
     random_state,
     set_random_state,
 )
@@ -34,10 +36,10 @@ from secateurs.finetuning.config import EpochRow, Finetune, FinetuneResult
 from secateurs.finetuning.distillation import Distillation, taught_by
 from secateurs.finetuning.parts import Part, Training
 from secateurs.finetuning.record import Best, Record
-from secateurs.finetuning.resuming import Place, read_on, training_marks
-from secateurs.finetuning.sharing import Sharing
+from secateurs.finetuning.resuming import OWN, Place, read_on, training_marks
+from secateurs.finetuning.sharing import Sharing, counted
 from secateurs.finetuning.starting import build_optimizer, check_arguments, seeded
-from secateurs.finetuning.state import load_optimizer_, restore_, snapshot
+from secateurs.finetuning.state import clear_gradients_, load_optimizer_, restore_, snapshot
 from secateurs.masks import HeldMasks, hold_masks, named_tensors
 from secateurs.types import Batches, Evaluate, LossFn
 
@@ -95,12 +97,13 @@ def finetune(
         parts: what takes part in each step beside the loss, in this order: see `Part`.
         progress: called with each finished `EpochRow`; None = silent.
         checkpoint: where checkpoints go, and a last one at the end. The first Ctrl-C then ends
-            the training after the step that is under way, with a checkpoint.
+            the training after the step that is under way, with a checkpoint. Of several processes
+            rank 0 writes them, for all; not for a sharded model.
         resume: go on from the newest checkpoint, with the arguments of the start (a new model with
             the weights from before the training, a new optimizer). On a CPU the result is bit for
             bit that of a training without interruption. What it needs of the data: read again
             from the same random state of torch, numpy and Python it gives the same batches, as
-            lists and DataLoaders do.
+            lists and DataLoaders do. Several processes go on as many as they were.
         group: "world" or a process group: every rank gives its own batches, of any number, and the
             same model in DDP or sharded by `fully_shard`. Each step follows the mean over the
             samples of all ranks. `evaluate` is called on every rank, with the plain model and the
@@ -124,28 +127,32 @@ def finetune(
         True
     """
     sharing = Sharing(model, ranks_of(group))
+    sharing.start(masks, [config, seed, maximize, checkpoint is not None, resume])
     check_arguments(
         model, batches, config, teacher, evaluate, cuts=recut is not None,
         leaves=checkpoint is not None, n_processes=sharing.ranks.size,
     )  # fmt: skip
-    clock = clock_of(config, sharing.counted(batches))
+    clock = clock_of(config, counted(batches, sharing.ranks))
     optimizer = optimizer or build_optimizer(model, config)
     before = snapshot(model)
     taught = None if teacher is None else taught_by(teacher, model, config)
     keeper: Keeper | None
     if isinstance(checkpoint, Checkpoints):
-        marks = training_marks(
-            model, batches, config, masks=masks, teacher=None if taught is None else taught.teacher,
-            optimizer=optimizer, seed=seed, functions=[loss_fn, evaluate, *map(type, parts)],
+        keeper = keeper_of(
+            checkpoint,
+            lambda: training_marks(
+                model, batches, config, masks=masks,
+                teacher=None if taught is None else taught.teacher, optimizer=optimizer, seed=seed,
+                functions=[loss_fn, evaluate, *map(type, parts)],
+            ),
+            sharing.ranks, resume=resume, own=OWN,
         )  # fmt: skip
-        keeper = checkpoint.keeper(marks, resume=resume)
     else:
         keeper = checkpoint
     loop = _Loop(
         model, loss_fn, config, taught, evaluate, maximize, optimizer, clock, recut, tuple(parts),
         keeper, sharing,
     )  # fmt: skip
-    sharing.start(masks, [config, seed, maximize])
     try:
         with ExitStack() as stack:
             stack.enter_context(seeded(None if seed is None else seed + sharing.ranks.rank))
@@ -182,7 +189,7 @@ def finetune(
         ) from error
     finally:
         loop.set_lr(1.0)
-        _clear_gradients(model)
+        clear_gradients_(model)
     return loop.result(loop.seconds())
 
 
@@ -204,6 +211,7 @@ class _Loop:
     sharing: Sharing
     held: HeldMasks | None = None
     interrupt: Interrupt = field(default_factory=Interrupt)
+    resumed: bool = False
     place: Place = field(default_factory=Place)
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
@@ -240,23 +248,23 @@ class _Loop:
         """One pass: a step after each group of batches; the last group may be smaller."""
         place, group, in_group = self.place, 0, 0.0
         device, keeps = model_device(self.model), self.keeper is not None
-        _clear_gradients(self.model)
+        clear_gradients_(self.model)
         sharing = self.sharing
-        reader = read_on(batches, device, place, keeps=keeps, may_be_empty=sharing.ranks.size > 1)
+        passed = sharing.keep if sharing.ranks.size > 1 else None
+        reader = read_on(batches, device, place, keeps=keeps, passed=passed)
         for inputs, targets in sharing.in_step(reader):
+            where = f"epoch {epoch}, batch {place.batches}"
+            if self.resumed:
+                self.resumed = False
+                sharing.warm_up(partial(self._loss, inputs, targets, where), batches)
             if not group:
                 self._cut()
                 for part in self.parts:
                     part.begin(self.steps)
-            where = f"epoch {epoch}, batch {place.batches}"
-            objective = self.loss_fn
-            with sharing.forward():
-                if self.teacher is not None:
-                    objective = self.teacher.objective(self.loss_fn, inputs, where)
-                loss = checked_loss(self.model, (inputs, targets), objective, where)
-            size = sharing.size
+            loss, size = self._loss(inputs, targets, where), sharing.size
             place.total += loss.item() * size
             place.samples, place.batches = place.samples + size, place.batches + 1
+            place.spare += sharing.spare
             if self.config.full_batch or self.config.accumulate > 1:
                 torch.autograd.backward(loss * size)
                 group, in_group = group + 1, in_group + sharing.samples
@@ -275,15 +283,25 @@ class _Loop:
             self._step(optimizer)
         return sharing.mean(place.total, place.samples)
 
+    def _loss(self, inputs: Any, targets: Any, where: str) -> Tensor:
+        """The loss of one batch, that of the teacher included."""
+        objective = self.loss_fn
+        with self.sharing.forward():
+            if self.teacher is not None:
+                objective = self.teacher.objective(self.loss_fn, inputs, where)
+            return checked_loss(self.model, (inputs, targets), objective, where)
+
     # --- checkpoints -----------------------------------------------------------------------------
 
     def leave(self, batches: Batches, *, must: bool = False) -> None:
         """Between two steps: write a checkpoint if it is time, and stop if Ctrl-C was pressed."""
         if self.keeper is None:
             return
-        if must or self.interrupt.asked or self.keeper.due(self.steps):
+        asked = self.interrupt.asked, self.keeper.due(self.steps)
+        stop, due = self.sharing.ranks.either(*asked)
+        if must or stop or due:
             self.keeper.save(self.steps, self.state(batches))
-        if self.interrupt.asked:
+        if stop:
             raise KeyboardInterrupt
 
     def state(self, batches: Batches) -> dict[str, Any]:
@@ -317,6 +335,7 @@ class _Loop:
         for part, held in zip(self.parts, saved["parts"], strict=True):
             part.load(held)
         self.started -= saved["seconds"]
+        self.resumed = self.sharing.ranks.size > 1
         set_random_state(saved["random"], batches)
 
     def seconds(self) -> float:
@@ -350,7 +369,7 @@ class _Loop:
         self.steps += 1
         for part in self.parts:
             part.stepped(self.steps)
-        _clear_gradients(self.model)
+        clear_gradients_(self.model)
 
     def set_lr(self, factor: float | None = None) -> None:
         """Set the learning rates for the next step, or to a factor of the given ones."""
@@ -390,8 +409,3 @@ class _Loop:
             seconds=seconds,
             masks=self.held.masks if self.held else {},
         )
-
-
-def _clear_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None

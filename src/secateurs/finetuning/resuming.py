@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,7 +25,10 @@ from secateurs.errors import ConfigError
 from secateurs.masks import named_tensors
 from secateurs.types import Batch, Batches
 
-__all__ = ["Place", "read_on", "training_marks"]
+__all__ = ["OWN", "Place", "read_on", "training_marks"]
+
+OWN = ("random", "place")
+"""What each of several processes has of its own in the state of a training."""
 
 
 @dataclass
@@ -33,9 +36,10 @@ class Place:
     """How far an epoch is.
 
     Attributes:
-        batches: that are done.
+        batches: that are done, those included for which this process only kept step with others.
         total: sum of their losses over samples.
         samples: of these batches.
+        spare: batches for which this process only kept step.
         lr: learning rate of the first step; None before it.
         random: random states before the first batch was read; None until then.
     """
@@ -43,6 +47,7 @@ class Place:
     batches: int = 0
     total: float = 0.0
     samples: int = 0
+    spare: int = 0
     lr: float | None = None
     random: dict[str, Any] | None = None
 
@@ -57,7 +62,7 @@ def read_on(
     place: Place,
     *,
     keeps: bool,
-    may_be_empty: bool = False,
+    passed: Callable[[Batch], object] | None = None,
 ) -> Iterator[Batch]:
     """The batches of an epoch that are not done yet.
 
@@ -66,20 +71,27 @@ def read_on(
 
     Args:
         keeps: whether checkpoints are written, which have to know that random state.
-        may_be_empty: whether there need not be any: the part of one process of a group.
+        passed: called with each batch that is passed over. Given where this is the part of one
+            process of a group: there need not be any then.
     """
+    may_be_empty = passed is not None
     if place.random is None:
         place.random = random_state(batches) if keeps else None
         yield from iterate(batches, device, may_be_empty=may_be_empty)
         return
     now = random_state(batches)
     set_random_state(place.random, batches)
-    stream = iterate(batches, device)
-    passed = sum(1 for _ in islice(stream, place.batches))
-    if passed < place.batches:
+    stream = iterate(batches, device, may_be_empty=may_be_empty)
+    done, n = place.batches - place.spare, 0
+    for batch in islice(stream, done):
+        n += 1
+        if passed is not None:
+            passed(batch)
+    more = bool(place.spare) and next(stream, None) is not None
+    if n < done or more:
         raise ConfigError(
-            f"{place.batches} batches of this epoch were done, and there are only {passed}: these "
-            "are other batches"
+            f"{done} batches of this epoch were done, and there are "
+            f"{'more' if more else f'only {n}'}: these are other batches"
         )
     set_random_state(now, batches)
     yield from stream

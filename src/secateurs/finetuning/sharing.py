@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from secateurs.batches import checked_loss, in_mode, iterate, model_device, preserve
+from secateurs.checkpoints import random_state, set_random_state
 from secateurs.distributed import Ranks, assert_same, is_sharded, plain, reshard
 from secateurs.errors import ConfigError, ScoringError
+from secateurs.finetuning.state import clear_gradients_
 from secateurs.sharding import InStep
-from secateurs.types import Batches, Evaluate
+from secateurs.types import Batches, Evaluate, LossFn
 
-__all__ = ["Sharing"]
+__all__ = ["Sharing", "counted", "has_unused", "wrapped"]
 
 
 class Sharing(InStep):
@@ -57,21 +61,26 @@ class Sharing(InStep):
         if self.ranks.size > 1:
             assert_same(masks, self.ranks.group, what="masks")
 
-    def counted(self, batches: Batches) -> Batches:
-        """Something of as many batches as the rank with most of them has."""
-        if self.ranks.size == 1:
-            return batches
-        known = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-        every = self.ranks.gather(known)
-        counts = [n for n in every if n is not None]
-        return [(None, None)] * max(counts) if len(counts) == len(every) else iter(())
-
     def mean(self, total: float, samples: int) -> float:
         """The mean over the samples of all ranks."""
         total, n = self.ranks.add_up(total, samples) if self.ranks.size > 1 else (total, samples)
         return total / n
 
     # -- an epoch --------------------------------------------------------------------------------
+
+    def warm_up(self, loss: Callable[[], Tensor], batches: Batches) -> None:
+        """A backward pass that leaves nothing behind, before a training goes on.
+
+        By its first one DDP groups the gradients that it adds up, and among more than two ranks
+        their place in a group decides the order of a sum, and so its last bits.
+        """
+        before, buffers = random_state(batches), [b.clone() for b in self.model.buffers()]
+        torch.autograd.backward(loss())
+        clear_gradients_(self.model)
+        with torch.no_grad():
+            for buffer, held in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(held)
+        set_random_state(before, batches)
 
     def check_finite(self, trained: Iterable[Tensor], epoch: int) -> None:
         """Raise on all ranks where a weight of any is not finite.
@@ -108,6 +117,49 @@ class Sharing(InStep):
     def named(self) -> Any:
         """Around the training: a rank that is gone ends it with a clear error."""
         return self.ranks.named() if self.ranks.size > 1 else nullcontext()
+
+
+def counted(batches: Batches, ranks: Ranks) -> Batches:
+    """Something of as many batches as the rank with most of them has; called by all ranks."""
+    if ranks.size == 1:
+        return batches
+    known = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    every = ranks.gather(known)
+    counts = [n for n in every if n is not None]
+    return [(None, None)] * max(counts) if len(counts) == len(every) else iter(())
+
+
+def has_unused(model: nn.Module, batches: Batches, loss_fn: LossFn, ranks: Ranks) -> bool:
+    """Whether a parameter gets no gradient from a batch, on any rank; the model stays as it was.
+
+    DDP waits for the gradients of all parameters, and has to be told.
+
+    Args:
+        batches: only the first one is looked at.
+    """
+    unused = False
+    with ranks.agreed("a backward pass"), preserve(model), torch.enable_grad():
+        with in_mode(model, training=True):
+            batch = next(iterate(batches, model_device(model), max_batches=1))
+            torch.autograd.backward(checked_loss(model, batch, loss_fn))
+        unused = any(p.requires_grad and p.grad is None for p in model.parameters())
+    return ranks.either(unused)[0]
+
+
+def wrapped(model: nn.Module, ranks: Ranks, *, unused: bool = False) -> nn.Module:
+    """The model as several processes train it: in DistributedDataParallel, for one training.
+
+    Weights and buffers are those of rank 0 then.
+
+    Args:
+        unused: whether parameters get no gradient, see `has_unused`.
+    """
+    if ranks.size == 1:
+        return model
+    with ranks.named():
+        return DistributedDataParallel(
+            model, process_group=ranks.group, find_unused_parameters=unused
+        )
 
 
 def _main_metric(answer: Any) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from secateurs.distributed import is_sharded
 from secateurs.errors import ConfigError, DataError
 from secateurs.finetuning.config import OPTIMIZERS, Finetune
 from secateurs.finetuning.distillation import Distillation
@@ -47,8 +48,16 @@ def check_arguments(
         problems.append("patience and restore_best need evaluate=")
     if cuts and config.patience is not None:
         problems.append("patience could stop before the last recut; leave it away")
-    if leaves and n_processes > 1:
-        problems.append("checkpoint= is written by one process; several write save_sharded")
+    if leaves and n_processes > 1 and is_sharded(model):
+        problems.append(
+            "checkpoint= holds whole weights, and those of this model are sharded: use "
+            "save_sharded in a loop of your own"
+        )
+    if leaves and n_processes > 1 and not getattr(model, "broadcast_buffers", True):
+        problems.append(
+            "checkpoint= holds the buffers of rank 0: leave broadcast_buffers=False of "
+            "DistributedDataParallel away"
+        )
     if problems:
         raise ConfigError("finetune: " + "; ".join(problems))
     if isinstance(batches, Iterator):

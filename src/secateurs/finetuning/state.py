@@ -12,7 +12,13 @@ from torch.optim import Optimizer
 from secateurs.errors import ConfigError
 from secateurs.masks import named_tensors
 
-__all__ = ["load_optimizer_", "restore_", "snapshot"]
+__all__ = ["clear_gradients_", "load_optimizer_", "restore_", "snapshot"]
+
+
+def clear_gradients_(model: nn.Module) -> None:
+    """Let go of all gradients."""
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from secateurs.bars import Progress, bar
 from secateurs.boards import BoardLog
-from secateurs.checkpoints import Checkpoints
+from secateurs.checkpoints import Checkpoints, keeper_of
+from secateurs.distributed import Group, ranks_of
 from secateurs.errors import ConfigError, choose
 from secateurs.filters import Patterns
 from secateurs.finetuning import Finetune, FinetuneResult
+from secateurs.pipeline.peers import Peers
 from secateurs.pipeline.request import check_request, random_state
 from secateurs.pipeline.resolving import check_budget
-from secateurs.pipeline.resuming import run_marks
+from secateurs.pipeline.resuming import OWN, run_marks
 from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
 from secateurs.pipeline.stepping import cut_all
@@ -114,8 +116,8 @@ def prune(
         evaluate: `evaluate(model)` on validation data; a float or a dict.
         **options: `allocation`, `min_keep`, `round_to`, `homogeneous`, `control`, `max_drop`,
             `allow_missed`, `prepare`, `penalty`, `repair`, `regrow`, `at_init`, `ticket`,
-            `fisher_masks`, `layerwise` as in `Stage`, and the options of `prune_stages` (`include`
-            and `exclude` among them).
+            `fisher_masks`, `layerwise` as in `Stage`, and the options of `prune_stages` (`include`,
+            `exclude` and `group` among them).
 
     Raises:
         ConfigError, BudgetError, DataError, CaptureError, ScoringError, SoundnessError: by stage.
@@ -170,6 +172,7 @@ def prune_stages(
     log: BoardLog | None = None,
     checkpoint: Checkpoints | None = None,
     resume: bool = False,
+    group: Group = None,
 ) -> PruneResult:
     """Several rounds in a row, e.g. weights first, then the structure that is left.
 
@@ -198,16 +201,36 @@ def prune_stages(
             quickly made again; `checkpoint.clear()` removes them.
         resume: go on from the newest checkpoint, with the arguments of the start. On a CPU the
             result is bit for bit that of a run without interruption, for data that can be read
-            again: see `finetune`.
+            again: see `finetune`. Several processes go on as many as they were.
+        group: "world" or a process group of torch.distributed: every rank gives the same plain
+            model and settings, and its own part of `batches` and `calibration`, of any number, or
+            none. Scores are those of all data, each training step follows the mean over the
+            samples of all ranks, every rank gets the same result. `evaluate` and `test` are called
+            on every rank, with all of their data; what they say on rank 0 counts. Repairs,
+            `at_init`, `fisher_masks`, `layerwise`, `allocation="sensitivity"` and latencies are
+            made by rank 0, from its data, for all; meanwhile the others wait, at most for the
+            timeout of the group.
+            A bar, a log and checkpoints are written by rank 0. Not with `ticket`.
 
     Other arguments, and errors, as `prune`.
     """
+    peers = Peers(ranks_of(group))
+    if not peers.first:  # one draws a bar and writes a log
+        progress, log = False if progress is True else progress, None
     shown = bar("prune") if progress is True else nullcontext(progress or None)
+    asked = {
+        "stages": stages, "include": include, "exclude": exclude, "outputs": outputs,
+        "norm": norm, "form": form, "maximize": maximize, "seed": seed,
+        "functions": [loss_fn, evaluate],
+    }  # fmt: skip
     with random_state(seed), shown as tell:
+        options = [calibration is not None, test is not None, checkpoint is not None, resume]
+        peers.check(model, stages)
+        peers.same_start(model, {**asked, "options": [*options, latency]})
         graph = check_request(
             model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,
             test=test, calibration=calibration, include=include, exclude=exclude,
-            outputs=outputs, norm=norm, form=form, latency=latency,
+            outputs=outputs, norm=norm, form=form, latency=latency, peers=peers,
         )  # fmt: skip
         samples = batches if calibration is None else calibration
         run = Run(
@@ -222,31 +245,55 @@ def prune_stages(
             tell,
             example_inputs,
             log,
+            peers,
         )
         if checkpoint is not None:
-            asked = {
-                "stages": stages, "include": include, "exclude": exclude, "outputs": outputs,
-                "norm": norm, "form": form, "maximize": maximize, "seed": seed,
-                "functions": [loss_fn, evaluate],
-            }  # fmt: skip
-            run.remember(checkpoint.keeper(run_marks(run, asked), resume=resume))
+            run.remember(
+                keeper_of(
+                    checkpoint, lambda: run_marks(run, asked), peers.ranks, resume=resume, own=OWN
+                )
+            )
         small = cut_all(run, stages, example_inputs, form=form, norm=norm)
         assert run.plan is not None
         run.spent = run.total
         run.tell("measure")
-        report = assemble(
+        report = _told(
+            peers,
             Outcome(
                 dense=model, small=small, graph=graph, plan=run.plan, scores=run.last_scores,
                 counts=run.last_counts, dense_metrics=run.dense_metrics, steps=tuple(run.steps),
                 evaluate=evaluate, test=test, batches=samples, loss_fn=loss_fn, maximize=maximize,
                 example_inputs=example_inputs, latency=tuple(latency or ()), seed=seed,
                 notes=tuple(run.notes), met=run.met,
-            )
+            ),
         )  # fmt: skip
     return PruneResult(
         small, run.plan, slice_masks(run.plan), report, run.work,
         run.last_scores[-1], run.last_counts[-1], run.history,
     )  # fmt: skip
+
+
+def _told(peers: Peers, run: Outcome) -> Report:
+    """The report: every rank measures the metrics, rank 0 the rest, and all get what it has."""
+    if not peers.many:
+        return assemble(run)
+    known = {
+        (split, id(model)): peers.metrics(model, function)
+        for split, function, models in (
+            ("validation", run.evaluate, [run.small]), ("test", run.test, [run.dense, run.small])
+        )
+        for model in models
+    }  # fmt: skip
+    batches = peers.to_look_at(run.dense, run.batches)
+    n = peers.ranks.size
+    run = replace(
+        run,
+        evaluate=None if run.evaluate is None else lambda model: known["validation", id(model)],
+        test=None if run.test is None else lambda model: known["test", id(model)],
+        batches=batches,
+        notes=(f"made by {n} processes, each with its part of the data", *run.notes),
+    )
+    return peers.once("the report", lambda: assemble(run), run.graph)
 
 
 def cut_stages(

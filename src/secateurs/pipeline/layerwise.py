@@ -6,12 +6,14 @@ from dataclasses import asdict, replace
 
 from secateurs.errors import BudgetError
 from secateurs.pipeline.points import Ranking
+from secateurs.pipeline.repairing import metrics_of_all, with_metrics
 from secateurs.pipeline.request import given
 from secateurs.pipeline.run import Run
 from secateurs.pipeline.stage import Stage
+from secateurs.posttraining import Won
 from secateurs.posttraining.layerwise import prune_to_counts
 from secateurs.selection import select
-from secateurs.types import Budget, Counts
+from secateurs.types import Budget, Counts, Plan
 
 __all__ = ["cut_layerwise"]
 
@@ -42,9 +44,15 @@ def cut_layerwise(run: Run, stage: Stage, ranking: Ranking, counts: Counts, *, m
         run.tell(f"prune: cut {cut}, {how.method}: layer {done} of {n}")
 
     asked = "budget " + ", ".join(f"{k}={v}" for k, v in counts.asked.given.items())
-    plan, won = prune_to_counts(
-        run.work, run.samples, fewer, previous=plan, evaluate=run.evaluate, why=asked,
-        progress=tell, **asdict(how),
-    )  # fmt: skip
-    run.adopt(plan)
+
+    def work() -> tuple[Plan, Won]:
+        return prune_to_counts(
+            run.work, run.samples, fewer, previous=plan, evaluate=run.evaluate_alone, why=asked,
+            progress=tell, **asdict(how),
+        )  # fmt: skip
+
+    before = metrics_of_all(run)
+    made, won = run.once(f"layerwise: {how.method}", work, changes=True)
+    won = with_metrics(run, won, before)
+    run.adopt(made)
     run.notes += [f"after cut {len(run.steps) + 1}: {won.text()}", *won.notes]

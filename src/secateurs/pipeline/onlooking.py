@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from secateurs.bars import epoch_text
 from secateurs.boards import BoardLog
+from secateurs.distributed import plain
 from secateurs.finetuning import EpochRow, Finetune, Part, Training, clock_of
 from secateurs.masks import model_sparsity
 from secateurs.pipeline.stage import Stage
@@ -66,7 +68,7 @@ class Onlooker(Part):
         self.training, self.before, self.done = training, self.before + self.done, 0
         self.steps = 0
         if self.log is not None:
-            self.log.start(training)
+            self.log.start(replace(training, model=plain(training.model)))
 
     def gradients(self, steps: int) -> None:
         """For the log."""

@@ -39,12 +39,12 @@ def prepare(walk: Walk, number: int) -> None:
     if config.distills:
         teacher = distillation(run.model, config, graph=run.graph, plan=run.plan)
     done = finetune(
-        run.work, run.batches, run.loss_fn, config,
+        run.peers.trained(run.work), run.batches, run.loss_fn, config, group=run.peers.group,
         masks=None if run.plan is None else run.plan.masks, teacher=teacher,
         evaluate=run.evaluate, maximize=run.maximize, seed=run.seed + len(run.steps) + FRESH,
         parts=[*parts, looker], checkpoint=run.training(), progress=looker.epoch,
     )  # fmt: skip
-    run.trained(length(config, run.batches), done)
+    run.trained(length(config, run.counted), done)
     under = ""
     if stage.penalty is not None:
         given = {k: v for k, v in asdict(stage.penalty).items() if v is not None}

@@ -19,6 +19,7 @@ from secateurs.finetuning import clock_of
 from secateurs.graph import trace
 from secateurs.latency import resize_batch
 from secateurs.pipeline.fitting import late_starts
+from secateurs.pipeline.peers import ALONE, Peers
 from secateurs.pipeline.regrowing import mixed_stages
 from secateurs.pipeline.resolving import check_budget
 from secateurs.pipeline.seeing import naming_whole, only_seen
@@ -51,11 +52,37 @@ def check_request(
     norm: str = "exact",
     form: str = "auto",
     latency: Sequence[int] | None = None,
+    peers: Peers = ALONE,
 ) -> Graph:
     """Find what is wrong with a request before anything expensive; returns the filtered graph.
 
-    Arguments and errors as `prune_stages`.
+    Arguments and errors as `prune_stages`; `peers` are the processes that run it.
     """
+    with peers.ranks.agreed("prune"):
+        _check_arguments(model, loss_fn, stages, evaluate, test, norm, form)
+    of_first = () if calibration is not None else stages
+    batches = peers.shown(model, batches, loss_fn, of_first)
+    if calibration is not None:
+        calibration = peers.shown(model, calibration, loss_fn, stages)
+    with peers.ranks.agreed("prune"):
+        graph = _check_together(
+            model, batches, loss_fn, stages, example_inputs, evaluate, calibration, include,
+            exclude, outputs, norm, latency,
+        )  # fmt: skip
+    peers.probe(model, batches, loss_fn, stages)
+    return graph
+
+
+def _check_arguments(
+    model: nn.Module,
+    loss_fn: LossFn,
+    stages: Sequence[Stage],
+    evaluate: Evaluate | None,
+    test: Evaluate | None,
+    norm: str,
+    form: str,
+) -> None:
+    """Whether each argument is what it should be."""
     if not stages:
         raise ConfigError("no stage is given")
     choose(form, ["auto", "module", "graph"], "form")
@@ -65,6 +92,23 @@ def check_request(
     for name, function in (("loss_fn", loss_fn), ("evaluate", evaluate), ("test", test)):
         if not callable(function) and (function is not None or name == "loss_fn"):
             raise ConfigError(f"{name} must be a function, got {function!r}")
+
+
+def _check_together(
+    model: nn.Module,
+    batches: Batches,
+    loss_fn: LossFn,
+    stages: Sequence[Stage],
+    example_inputs: Inputs,
+    evaluate: Evaluate | None,
+    calibration: Batches | None,
+    include: Patterns | None,
+    exclude: Patterns | None,
+    outputs: Sequence[str],
+    norm: str,
+    latency: Sequence[int] | None,
+) -> Graph:
+    """Whether model, data and stages fit each other; returns the filtered graph."""
     for stage in stages:
         check_budget(stage, evaluate is not None)
         _check_training(stage, model, batches, evaluate)

@@ -18,6 +18,7 @@ from secateurs.checkpoints import (
     versions,
 )
 from secateurs.finetuning import restore_
+from secateurs.finetuning.resuming import OWN as OWN_OF_TRAINING
 from secateurs.masks import named_tensors
 from secateurs.pipeline.packing import pack, unpack
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from secateurs.pipeline.run import Run
     from secateurs.pipeline.walk import Walk
 
-__all__ = ["Memory", "run_marks"]
+__all__ = ["OWN", "Memory", "run_marks"]
+
+OWN = ("random", "samples", *(f"training.{name}" for name in OWN_OF_TRAINING))
+"""What each of several processes has of its own in the state of a run."""
 
 REMEMBERED = (
     "plan", "steps", "history", "notes", "last_scores", "last_counts", "met", "table", "least_ms",
@@ -131,7 +135,7 @@ class Memory:
     def leave(self, *, must: bool) -> None:
         """Between two steps: write a checkpoint if it is time, or must be."""
         done = self.trained_steps
-        if must or self.keeper.due(done):
+        if must or self.run.peers.ranks.either(self.keeper.due(done))[0]:
             self.keeper.save(done, self.state())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from secateurs.finetuning import (
     Distillation,
     Finetune,
     FinetuneResult,
+    counted,
     distillation,
     finetune,
     restore_,
@@ -25,13 +26,14 @@ from secateurs.finetuning import (
 from secateurs.latency import LatencyTable, fit_latency
 from secateurs.masks import apply_masks_
 from secateurs.pipeline.onlooking import Onlooker, length
+from secateurs.pipeline.peers import ALONE, Peers
 from secateurs.pipeline.points import Point, Ranking, unscored
 from secateurs.pipeline.regrowing import moved, told
 from secateurs.pipeline.request import given
 from secateurs.pipeline.resuming import Memory
 from secateurs.pipeline.stage import Stage
 from secateurs.regrowth import Regrowth
-from secateurs.report.assemble import metrics_of, remaining_of
+from secateurs.report.assemble import remaining_of
 from secateurs.report.data import StepRow
 from secateurs.report.words import remaining_words
 from secateurs.scoring import score
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Point", "Ranking", "Run"]
 
+T = TypeVar("T")
 Recut = Callable[[int], Mapping[str, Tensor] | None]
 
 
@@ -75,8 +78,10 @@ class Run:
         progress: Progress | None,
         example_inputs: Inputs,
         log: BoardLog | None = None,
+        peers: Peers = ALONE,
     ) -> None:
-        self.model, self.work = model, copied(model)
+        self.model, self.work, self.peers = model, copied(model), peers
+        self.counted = counted(batches, peers.ranks)  # as many as the rank with most has
         self.batches, self.samples, self.loss_fn = batches, samples, loss_fn
         self.graph, self.evaluate, self.maximize = graph, evaluate, maximize
         self.seed, self.progress = seed, progress
@@ -96,7 +101,7 @@ class Run:
         self.cuts, self.total = 0, 0  # cuts, and all work in steps: see work_of
         self.spent, self.within = 0, 0  # work before the present training, and in it
         self.met = True
-        self.dense_metrics = metrics_of(model, evaluate)
+        self.dense_metrics = peers.metrics(model, evaluate)
 
     # --- what is known ---------------------------------------------------------------------------
 
@@ -107,7 +112,16 @@ class Run:
 
     def metric(self) -> float | None:
         """Main validation metric now."""
-        return next(iter(metrics_of(self.work, self.evaluate).values()), None)
+        return next(iter(self.metrics().values()), None)
+
+    def metrics(self) -> dict[str, float]:
+        """All validation metrics now."""
+        return self.peers.metrics(self.work, self.evaluate)
+
+    @property
+    def evaluate_alone(self) -> Evaluate | None:
+        """For what rank 0 does alone: there it could wait for others for ever."""
+        return None if self.peers.many else self.evaluate
 
     def drop(self, metric: float | None) -> float:
         """How much worse than dense a metric is; negative when it is better."""
@@ -144,6 +158,22 @@ class Run:
         self.spent, self.within = self.spent + work, 0
         self.history += [replace(done, masks={}) for done in results]
 
+    def once(
+        self, what: str, work: Callable[[], T], *, changes: bool = False, from_data: bool = True
+    ) -> T:
+        """What rank 0 finds for all; one process alone just does it.
+
+        Args:
+            what: is done.
+            work: what does it.
+            changes: whether it changes the weights of the masked copy.
+            from_data: whether it looks at calibration data, which a reader should know.
+        """
+        if self.peers.many and from_data:
+            note = f"{what}: by the calibration data of process 0 of {self.peers.ranks.size}"
+            self.notes += [note] if note not in self.notes else []
+        return self.peers.once(what, work, self.graph, self.work if changes else None)
+
     # --- checkpoints -----------------------------------------------------------------------------
 
     def remember(self, keeper: Keeper) -> None:
@@ -174,7 +204,10 @@ class Run:
     def samples_of(self, stage: Stage) -> Batches:
         """The batches that a stage scores on."""
         if stage.control == "random-labels":
-            return shuffled_targets(self.samples, self.model, self.seed)
+            with self.peers.ranks.agreed("shuffling labels"):
+                return shuffled_targets(
+                    self.samples, self.model, self.seed, may_be_empty=self.peers.many
+                )
         return self.samples
 
     def rank(self, stage: Stage, samples: Batches) -> Ranking:
@@ -184,7 +217,7 @@ class Run:
         seed = self.seed + len(self.steps)
         scores = score(
             self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,
-            granularity=stage.granularity, previous=self.plan, seed=seed,
+            granularity=stage.granularity, previous=self.plan, seed=seed, group=self.peers.group,
             progress=lambda i, n: self.tell(f"score: batch {i} of {n or '?'}"),
         )  # fmt: skip
         scores = controlled_scores(scores, stage.control, seed)
@@ -197,7 +230,7 @@ class Run:
         drawn = null_scores(
             self.work, samples, self.loss_fn, criterion=stage.criterion, graph=self.graph,
             granularity=stage.granularity, previous=self.plan, seed=seed,
-            repeats=stage.null_repeats,
+            repeats=stage.null_repeats, group=self.peers.group,
             progress=lambda i, n: self.tell(
                 f"score shuffled labels: batch {i} of {n or '?'}"
             ),
@@ -210,12 +243,12 @@ class Run:
         """Units to keep; those of the whole latency budget are fitted to what is measured."""
         curves = None
         if stage.allocation == "sensitivity":
-            curves = sensitivity(
+            curves = self.once("sensitivity", lambda: sensitivity(
                 self.work, samples, self.loss_fn, scores=ranking.scores,
                 progress=lambda name, i, n: self.tell(
                     f"sensitivity: {name}, {i} of {n}"
                 ),
-            )  # fmt: skip
+            ))  # fmt: skip
 
         def counts(asked: Budget | Threshold, stage: Stage = stage) -> Counts:
             return stage.allocated(
@@ -235,10 +268,11 @@ class Run:
         strict = replace(stage, allow_missed=False)
         self.tell("fit the latency")
         try:
-            fit = fit_latency(
-                self.model, ranking.scores, asked, self.table, lambda b: counts(b, strict),
+            table = self.table
+            fit = self.once("fit the latency", lambda: fit_latency(
+                self.model, ranking.scores, asked, table, lambda b: counts(b, strict),
                 self.example_inputs, previous=self.plan,
-            )  # fmt: skip
+            ), from_data=False)  # fmt: skip
         except BudgetError as error:
             if not stage.allow_missed:
                 raise
@@ -263,6 +297,7 @@ class Run:
     def adopt(self, plan: Plan) -> None:
         """Zero what a plan removes."""
         self.plan = plan
+        self.peers.same(plan)
         apply_masks_(self.work, plan.masks)
         if self.taught is not None:
             self.taught.plan = plan
@@ -299,9 +334,9 @@ class Run:
         what = "train, with cuts" if recut else f"heal after cut {self.cut_text}"
         looker = self.onlooker(what, config)
         done = finetune(
-            self.work, self.batches, self.loss_fn, config,
+            self.peers.trained(self.work), self.batches, self.loss_fn, config,
             masks=None if self.plan is None else self.plan.masks,
-            teacher=self.taught, evaluate=self.evaluate,
+            teacher=self.taught, evaluate=self.evaluate, group=self.peers.group,
             maximize=self.maximize, seed=self.seed + len(self.steps), recut=recut,
             parts=[*moves, looker], checkpoint=self.training(), progress=looker.epoch,
         )  # fmt: skip
@@ -309,7 +344,7 @@ class Run:
         if moves:
             self.plan = moved(self.cut_plan, done.masks)
             self.notes += told(moves[0])
-        self.trained(length(config, self.batches), done)
+        self.trained(length(config, self.counted), done)
         return self.outcome(config, done)
 
     def outcome(self, config: Finetune, done: FinetuneResult) -> tuple[float | None, float | None]:

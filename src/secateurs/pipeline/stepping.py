@@ -43,7 +43,7 @@ def cut_all(
 ) -> nn.Module:
     """All stages, then the smaller model, verified and in the mode of the dense one."""
     run.cuts = sum(stage.most_steps for stage in stages)
-    run.total = sum(work_of(stage, run.batches) for stage in stages)
+    run.total = sum(work_of(stage, run.counted) for stage in stages)
     for number, stage in enumerate(stages, start=1):
         if number > run.stages_done:
             cut_stage(run, number, stage)
@@ -51,7 +51,9 @@ def cut_all(
             run.leave(must=True)
     assert run.plan is not None
     kept = "plain" if norm == "plain" else "exact"
-    small = shrink(run.work, run.plan, example_inputs, form=form, norm=kept)
+    with run.peers.ranks.agreed("shrink"):
+        small = shrink(run.work, run.plan, example_inputs, form=form, norm=kept)
+    run.peers.same(small)
     if info_of(small).form == "graph":  # the module form has the mode of each module already
         small.train(run.model.training)
     return small
@@ -197,12 +199,13 @@ class FromInit(Rounds):
         assert how is not None
         assert isinstance(stage.budget, Budget)
         self.look_back()
-        plan, scores, counts = cut_at_init(
-            run.work, self.samples, run.loss_fn, budget=stage.budget, method=how.method,
+        budget = stage.budget
+        plan, scores, counts = run.once(f"at_init: {how.method}", lambda: cut_at_init(
+            run.work, self.samples, run.loss_fn, budget=budget, method=how.method,
             iterations=how.iterations, batches_per_iteration=how.batches_per_iteration,
             granularity=stage.granularity, graph=run.graph, min_keep=stage.min_keep, seed=run.seed,
             progress=lambda what, i, n: run.tell(what),
-        )  # fmt: skip
+        ))  # fmt: skip
         run.adopt(plan)
         run.notes += [f"{name}: {text}" for name, text in plan.reasons.items() if COLLAPSE in text]
         if how.reinitialise:
@@ -327,7 +330,7 @@ class Within(Walk):
         run, schedule, config = self.run, self.stage.steps, self.stage.finetune
         assert config is not None
         if self.due is None:
-            clock = clock_of(config, run.batches, needs=f"Schedule(every={schedule.every!r})")
+            clock = clock_of(config, run.counted, needs=f"Schedule(every={schedule.every!r})")
             assert clock.n_steps is not None
             self.due = list(schedule.cuts(clock.n_steps, clock.per_epoch, clock.cycles))
         healed, loss = run.heal(self.stage, self.recut)

@@ -23,10 +23,10 @@ def measure_widths(run: Run, stage: Stage) -> None:
     if not stage.wants_latency:
         return
     run.tell("measure the latency of widths")
-    run.table = table = measure_table(
+    run.table = table = run.once("measure the latency of widths", lambda: measure_table(
         run.model, run.graph, run.example_inputs, granularity=stage.granularity,
         round_to=stage.round_to,
-    )  # fmt: skip
+    ), from_data=False)  # fmt: skip
     assert isinstance(stage.budget, Budget)
     asked = stage.budget.latency_ms
     assert asked is not None

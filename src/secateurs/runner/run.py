@@ -8,9 +8,11 @@ from dataclasses import replace
 from secateurs.bars import Progress
 from secateurs.boards import BoardLog
 from secateurs.checkpoints import Checkpoints
+from secateurs.distributed import Group, ranks_of
 from secateurs.errors import ConfigError
 from secateurs.finetuning import Finetune
 from secateurs.pipeline import PruneResult, check_request, prune_stages
+from secateurs.pipeline.peers import Peers
 from secateurs.recipe import Recipe
 from secateurs.report import check_available
 from secateurs.report.data import Report
@@ -21,18 +23,25 @@ from secateurs.types import Batches, Budget, Evaluate, Graph
 __all__ = ["check_recipe", "run_recipe", "suggestions"]
 
 
-def check_recipe(recipe: Recipe, problem: Problem) -> Graph:
+def check_recipe(recipe: Recipe, problem: Problem, *, group: Group = None) -> Graph:
     """Find what is wrong with a run before anything expensive; returns the graph.
+
+    Args:
+        recipe: what is to be done.
+        problem: from `load_problem`, for the same group.
+        group: the processes that will do it.
 
     Raises:
         PruningError: whatever `check_request` raises.
     """
+    peers = Peers(ranks_of(group))
+    peers.check(problem.model, recipe.all_stages())
     return check_request(
         problem.model, problem.train, problem.loss_fn, recipe.all_stages(),
         example_inputs=problem.example_inputs, calibration=problem.calibration,
         evaluate=_on(problem.metric, problem.validation), include=recipe.include,
         exclude=recipe.exclude, outputs=recipe.outputs or (), norm=recipe.norm, form=recipe.form,
-        latency=recipe.latency,
+        latency=recipe.latency, peers=peers,
     )  # fmt: skip
 
 
@@ -45,6 +54,7 @@ def run_recipe(
     log: BoardLog | None = None,
     checkpoint: Checkpoints | None = None,
     resume: bool = False,
+    group: Group = None,
 ) -> PruneResult:
     """Prune a problem by its recipe.
 
@@ -52,7 +62,8 @@ def run_recipe(
         recipe: what to do.
         problem: from `load_problem`.
         out: the directory of the results, for the suggestions in the report.
-        progress, log, checkpoint, resume: as in `prune_stages`.
+        progress, log, checkpoint, resume, group: as in `prune_stages`; `problem` is of this
+            process then, from `load_problem(group=)`.
 
     Raises:
         ConfigError: the recipe asks for a comparison with controls, which is many runs.
@@ -91,6 +102,7 @@ def run_recipe(
         log=log,
         checkpoint=checkpoint,
         resume=resume,
+        group=group,
     )
     sizes = ", ".join(f"{n} {split}" for split, n in problem.sizes.items())
     notes: tuple[str, ...] = (f"samples: {sizes}",) if sizes else ()

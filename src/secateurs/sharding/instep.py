@@ -29,15 +29,20 @@ class InStep:
         weight: of its mean loss in the loss of the step: its share of all samples, times ranks.
         samples: of the step, all ranks together, over the number of ranks: a gradient of sums over
             samples, averaged over the ranks, is divided by it to be the mean.
+        spare: whether this rank has no batch for the step, and only keeps step.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
         self.size, self.weight, self.samples = 0, 1.0, 0.0
-        self._spare: Batch | None = None
+        self.spare = False
+        self._first: Batch | None = None
+        self._last: Batch | None = None
 
     def in_step(self, reader: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of this rank; where others have more, its last one again.
+
+        A rank without any gets the first batch of the first rank that has one.
 
         Raises:
             ConfigError: a rank runs out of batches, and a layer waits for all ranks.
@@ -49,7 +54,8 @@ class InStep:
                 self.samples = self.size
                 yield batch
             return
-        stream = iter(reader)
+        stream, begins = iter(reader), True
+        self._forget()
         while True:
             own: Batch | None = None
             with self.ranks.agreed("reading a batch"):
@@ -58,28 +64,43 @@ class InStep:
             total, ended = self.ranks.add_up(self.size, own is None)
             if not total:
                 return
+            self.spare = own is None
             self.samples = total / self.ranks.size
             self.weight = self.size / self.samples
+            if own is not None:
+                self.keep(own)
             if ended:
-                self._share(own)
-            self._spare = own or self._spare
-            assert self._spare is not None
-            yield self._spare
+                self._check_layers()
+                if begins:
+                    self._share()
+            begins, self._first = False, None
+            assert self._last is not None
+            yield self._last
 
-    def _share(self, own: Batch | None) -> None:
-        """Give a batch to ranks that never had one."""
+    def _forget(self) -> None:
+        """A pass begins."""
+        self._first = self._last = None
+
+    def keep(self, batch: Batch) -> None:
+        """A batch of this rank was read, or passed over where a training goes on."""
+        self._first, self._last = self._first or batch, batch
+
+    def _check_layers(self) -> None:
+        """Refuse layers that wait for ranks that have no batch left."""
         names = [n for n, m in self.model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
         if names:
             raise ConfigError(
                 f"the ranks have different numbers of batches, and {names[0]} (SyncBatchNorm) "
                 "waits for all of them; give every rank equally many"
             )
-        told = self.ranks.gather((own is not None, own is not None or self._spare is not None))
-        if all(has for _, has in told):
+
+    def _share(self) -> None:
+        """Give a batch to ranks that have none in this pass."""
+        told = self.ranks.gather(self._first is not None)
+        if all(told):
             return
-        giver = next(rank for rank, (gives, _) in enumerate(told) if gives)
-        given = self.ranks.of(giver, to_device(own, torch.device("cpu")))
-        self._spare = self._spare or own or to_device(given, model_device(self.model))
+        given = self.ranks.of(told.index(True), to_device(self._first, torch.device("cpu")))
+        self._last = self._last or to_device(given, model_device(self.model))
 
     @contextmanager
     def forward(self) -> Iterator[None]:
