@@ -5,10 +5,10 @@
     python -m benchmarks.structured_healing --summary       # only summarise what is there
 
 Every row starts from the same dense checkpoint and takes the same number of optimizer steps after
-it (counted, and asserted), preparation and rounds included, with the same optimizer, learning rate
-and cosine: AdamW, its rate chosen by the search on validation data for Torch-Pruning's taylor, on
-the digits for each budget. MACs are counted by `secateurs.macs` on the network that was really
-cut, for both tools.
+it (counted, and asserted), preparation and rounds included, with the same optimizer and cosine:
+AdamW. The learning rate is chosen on validation data: on the digits of every setting of both tools
+for itself, at each budget; on ResNet-20 one for all, which suits Torch-Pruning's taylor at a
+quarter. MACs are counted by `secateurs.macs` on the network that was really cut, for both tools.
 
     torch-pruning   all of its criteria that fit (see `PEERS`), ranked locally and globally, in one
                     shot and in rounds; of ResNet-20 the three best of the first seed go on to the
@@ -48,7 +48,6 @@ from benchmarks.healing_common import (
     Dense,
     Rows,
     SameSteps,
-    best_setting,
     error_of,
     one_thread,
     paired,
@@ -202,17 +201,21 @@ def searched(task: str, tool: str, steps: int) -> list[dict[str, Any]]:
     return [r for r in ROWS.read() if (r["part"], r["task"], r["tool"], r["steps"]) == wanted]
 
 
-def rate_of(task: str, keep: float, steps: int) -> float:
-    """The learning rate that suits Torch-Pruning's "taylor" best on validation data.
+def rate_of(task: str, keep: float, steps: int, tool: str, setting: str) -> float:
+    """The learning rate that suits a setting best on validation data.
 
-    Where it was not searched: that of a quarter of the MACs, and of the longest training.
+    Where it was not searched: that of Torch-Pruning's taylor, for a quarter of the MACs and the
+    longest training.
     """
-    rows: list[dict[str, Any]] = []
-    for n, share in ((steps, keep), (steps, 0.25), (STEPS[task][-1], 0.25)):
-        held = searched(task, "torch-pruning", n)
-        rows = rows or [r for r in held if (r["setting"], r["keep"]) == ("taylor", share)]
-    rates = [{**r, "setting": str(r["lr"])} for r in rows]
-    return float(best_setting(rates, [str(lr) for lr in LRS]))
+    places = [(tool, setting, steps, keep), ("torch-pruning", "taylor", STEPS[task][-1], 0.25)]
+    for tool, setting, n, share in places:
+        rows = searched(task, tool, n)
+        rows = [r for r in rows if (r["setting"], r["keep"]) == (setting, share)]
+        tried = {lr: {r["seed"]: r["validation"] for r in rows if r["lr"] == lr} for lr in LRS}
+        seeds = set.intersection(*(set(v) for v in tried.values()))
+        if seeds:
+            return max(LRS, key=lambda lr: mean(tried[lr][seed] for seed in sorted(seeds)))
+    raise SystemExit(f"no learning rate is known for {task}: run the search first")
 
 
 def recommended(task: str, steps: int) -> str:
@@ -221,11 +224,28 @@ def recommended(task: str, steps: int) -> str:
     Where there was no search for so many steps: that of the longest training.
     """
     for n in (steps, STEPS[task][-1]):
-        rows = searched(task, "secateurs", n)
-        rows = [r for r in rows if r["lr"] == rate_of(task, r["keep"], n)]
-        if rows:
-            return best_setting(rows, RECOMMENDED)
+        held = searched(task, "secateurs", n)
+        tried: dict[tuple[str, float], dict[int, float]] = {}
+        for name, keep in product(RECOMMENDED, KEPT):
+            lr = rate_of(task, keep, n, "secateurs", name)
+            found = [r for r in held if (r["setting"], r["keep"], r["lr"]) == (name, keep, lr)]
+            if found:
+                tried[name, keep] = {r["seed"]: r["validation"] for r in found}
+        if tried:
+            return _best_everywhere(tried)
     return ""
+
+
+def _best_everywhere(tried: dict[tuple[str, float], dict[int, float]]) -> str:
+    """The setting with the best mean over the budgets that all were tried at, on equal seeds."""
+    kept = {keep for _, keep in tried}
+    names = dict.fromkeys(name for name, _ in tried)
+    whole = [name for name in names if all((name, keep) in tried for keep in kept)]
+    seeds = set.intersection(*(set(tried[name, keep]) for name in whole for keep in kept))
+    assert seeds, f"no seed was tried by all of {', '.join(whole)}"
+    return max(
+        whole, key=lambda n: mean(tried[n, keep][s] for keep in sorted(kept) for s in sorted(seeds))
+    )
 
 
 def ours_of(task: str, keep: float, seed: int, steps: int) -> list[str]:
@@ -265,7 +285,7 @@ def wanted(
     kept: Sequence[float] = KEPT,
     only: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the search (first the learning rate, then ours), or all final ones.
+    """Rows of the search, or all final ones.
 
     Args:
         only: of the lengths of the training; empty: all.
@@ -274,19 +294,17 @@ def wanted(
         own = SEARCH_SEEDS if part == "search" else SEEDS[task]
         for steps in only or STEPS[task]:
             base = {"part": part, "task": task, "steps": steps}
-            if part == "search" and "torch-pruning" in tools:
-                for seed, keep, lr in product(own if seeds is None else seeds, kept, LRS):
-                    yield {**base, "keep": keep, "tool": "torch-pruning", "setting": "taylor",
-                           "lr": lr, "seed": seed}  # fmt: skip
             for seed, keep, tool in product(own if seeds is None else seeds, kept, tools):
-                if part == "search" and tool == "torch-pruning":
-                    continue
-                names = [*OURS] if part == "search" else ours_of(task, keep, seed, steps)
-                if tool == "torch-pruning":
-                    names = peers_of(task, keep, seed, steps)
+                if part == "search":
+                    names = [*(PEERS if tool == "torch-pruning" else OURS)]
+                else:
+                    of = peers_of if tool == "torch-pruning" else ours_of
+                    names = of(task, keep, seed, steps)
                 for name in names:
-                    yield {**base, "keep": keep, "tool": tool, "setting": name,
-                           "lr": rate_of(task, keep, steps), "seed": seed}  # fmt: skip
+                    rates = [rate_of(task, keep, steps, tool, name)] if part == "final" else LRS
+                    for lr in rates:
+                        yield {**base, "keep": keep, "tool": tool, "setting": name, "lr": lr,
+                               "seed": seed}  # fmt: skip
 
 
 # -- summary ---------------------------------------------------------------------------------------
@@ -295,14 +313,15 @@ def wanted(
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means, what each ingredient adds to "plain", and each goal met or missed."""
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
-    rates = {
-        (task, keep, steps): rate_of(task, keep, steps)
-        for task in STEPS for keep in KEPT for steps in STEPS[task]
-    }  # fmt: skip
+    rates: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        chosen = rates.get((row["task"], row["keep"], row["steps"]))
-        if row["part"] == "final" and row["lr"] == chosen:
-            kind = (row["task"], row["steps"], row["keep"], row["tool"], row["setting"])
+        task, steps = row["task"], row["steps"]
+        if row["part"] != "final" or steps not in STEPS[task]:
+            continue
+        kind = (task, steps, row["keep"], row["tool"], row["setting"])
+        if kind not in rates:
+            rates[kind] = rate_of(task, row["keep"], steps, row["tool"], row["setting"])
+        if row["lr"] == rates[kind]:
             groups.setdefault(kind, {})[row["seed"]] = row
     lines = []
     for (task, steps, keep, tool, setting), held in groups.items():

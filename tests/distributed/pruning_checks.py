@@ -180,8 +180,9 @@ def check_every_rank_gets_the_same_where_its_own_data_differs(folder: Path) -> N
         if name == "statistics":
             (row,) = [r for r in result.report.rows if r.name == "test rank"]
             assert (row.before, row.after) == (0.0, 0.0)  # what rank 0 says
-            assert f"made by {size} processes, each with its part of the data" in (
-                result.report.notes
+            assert result.report.notes[0] == (
+                f"made by {size} processes, each with its part of the data; times are those of "
+                "process 0"
             )
 
 
@@ -257,6 +258,7 @@ def check_prune_refuses_by_name(folder: Path) -> None:
         model.get_parameter("2.bias").add_(rank)
     assert "the weights must be the same on every rank: 2.bias" in text(RankError, model)
     assert "batches is empty on every rank" in text(DataError, mlp(), [])
+    assert "all 2 processes have the same training data" in text(ConfigError, mlp(), data_of(2)[0])
     first_empty: Any = [] if rank == 0 else samples([2], 3)
     assert "calibration data of rank 0" in text(
         DataError, mlp(), first_empty, repair=("bias",), finetune=SHORT

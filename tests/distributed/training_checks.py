@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ from secateurs.errors import (
     FileFormatError,
     RankError,
 )
-from secateurs.finetuning import Finetune
+from secateurs.finetuning import Finetune, finetune
 from secateurs.scoring import score
 from secateurs.selection import select
 from secateurs.surgery import load, save, shrink
@@ -101,6 +101,45 @@ def check_what_differs_at_the_start_is_an_error(folder: Path) -> None:
     config = Finetune(epochs=1, lr=0.1 * (1 + rank))
     text = raised(RankError, lambda: train(model, data_of(size)[rank], "world", config, held={}))
     assert "settings" in text
+
+
+def check_an_end_with_other_weights_is_an_error(folder: Path) -> None:
+    """In its last step DDP leaves the gradients apart if one is missing, and says so to nobody."""
+    rank, _ = ranks()
+
+    class Odd(nn.Sequential):
+        extra: nn.Parameter
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self[0](x)
+            return out * self.extra if len(x) > 4 else out
+
+    torch.manual_seed(0)
+    model = Odd(nn.Linear(6, 2))
+    model.extra = nn.Parameter(torch.ones(()))
+    batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank)), torch.zeros(4, 2)
+    text = raised(
+        RankError,
+        lambda: finetune(
+            DistributedDataParallel(model), [batch], nn.functional.mse_loss, Finetune(steps=1),
+            group="world",
+        ),
+    )  # fmt: skip
+    assert "the trained weights must be the same on every rank: 0.weight differs" in text
+    assert "find_unused_parameters=True" in text
+
+
+def check_who_evaluates_alone_is_told_at_once(folder: Path) -> None:
+    rank, _ = ranks()
+    batch = torch.ones(4, 6), torch.zeros(4, 2)
+    text = raised(
+        RankError,
+        lambda: finetune(
+            DistributedDataParallel(nn.Linear(6, 2)), [batch], nn.functional.mse_loss, Finetune(),
+            group="world", evaluate=None if rank else lambda _: 1.0,
+        ),
+    )  # fmt: skip
+    assert "the settings of finetune must be the same on every rank: evaluate differs" in text
 
 
 def check_a_checkpoint_is_loaded_by_another_number_of_ranks(folder: Path) -> None:

@@ -363,11 +363,75 @@ def test_a_layer_that_was_to_be_pruned_and_is_not_called() -> None:
 
     net, batches = Idle(), [(torch.randn(8, 4), None)]
     before = tensors_of(net)
-    assert whole_weights(net, batches) == {"idle.weight": "its module is never called"}
+    assert whole_weights(net, batches) == {
+        "idle.weight": "its module is not called in the first batch"
+    }
     assert same(tensors_of(net), before)
-    with pytest.raises(ConfigError, match=r"exclude=.*\n  idle.weight: its module is never called"):
+    with pytest.raises(
+        ConfigError, match=r"exclude=.*\n  idle.weight: its module is not called in the first batch"
+    ):
         prune_to_counts(net, batches, {"used.weight": 3, "idle.weight": 3})
     assert same(tensors_of(net), before)
     plan, _ = prune_layerwise(net, batches, density=0.5)
     assert set(plan.masks) == {"used.weight"}
     assert plan.reasons["used.weight"].endswith("layer by layer: sparsegpt, density 0.5")
+
+
+class Looping(nn.Module):
+    """Calls a layer once for small batches, three times for larger ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1 if len(x) < 20 else 3):
+            x = torch.relu(self.again(x))
+        out: Tensor = self.last(x)
+        return out
+
+
+def test_all_calls_of_all_batches_count() -> None:
+    """Also where a later batch calls a layer more often than the first."""
+    torch.manual_seed(0)
+    net = Looping().double()
+    weight = net.again.weight.detach().clone()
+    small, large = correlated(6, rows=12, seed=1), correlated(6, rows=30, seed=2)
+    h, seen = large, [small, large]
+    for _ in range(2):
+        h = torch.relu(net.again(h)).detach()
+        seen.append(h)
+    gram = sum(x.T @ x for x in seen)
+    assert isinstance(gram, Tensor)
+    plan, _ = prune_layerwise(net, [(small, None), (large, None)], density={"again.weight": 0.5})
+    new, mask = sparsegpt(
+        weight[None], gram[None], torch.ones(1, 6, 6, dtype=torch.bool), 18, block=128, damping=0.01
+    )
+    assert plan.masks["again.weight"].equal(mask[0])
+    torch.testing.assert_close(net.again.weight.detach(), new[0])
+
+
+def test_what_a_cut_does_not_stand_on_is_said() -> None:
+    net = nn.Linear(6, 4)
+    few = prune_layerwise(copy.deepcopy(net), [(torch.randn(3, 6), None)], density=0.5)[1]
+    assert "(3 rows for 6 inputs: take more data)" in " ".join(few.notes)
+    enough = prune_layerwise(copy.deepcopy(net), [(torch.randn(9, 6), None)], density=0.5)[1]
+    assert "take more data" not in " ".join(enough.notes)
+    nothing = prune_layerwise(copy.deepcopy(net), [(torch.zeros(9, 6), None)], density=0.5)[1]
+    assert "weight: its inputs are zero, cut by size only" in " ".join(nothing.notes)
+
+
+def test_a_damping_that_is_too_small_is_one_clear_error() -> None:
+    net = nn.Linear(6, 4)
+    before = tensors_of(net)
+    with pytest.raises(ScoringError, match=r"weight: its inputs say the same .* larger damping"):
+        prune_layerwise(net, [(torch.ones(9, 6), None)], density=0.5, damping=1e-18)
+    assert same(before, tensors_of(net))
+
+
+def test_reasons_count_what_went_layer_by_layer() -> None:
+    net, batches = nn.Linear(6, 4), [(torch.randn(9, 6), None)]
+    first, _ = prune_layerwise(net, batches, density=0.5)
+    second, _ = prune_layerwise(net, batches, density=0.5, previous=first)
+    assert first.reasons["weight"].startswith("12 of 24 weight units removed")
+    assert second.reasons["weight"].startswith("6 of 24 weight units removed")

@@ -27,7 +27,7 @@ from secateurs.checkpoints.randomness import (
     set_generator_states,
     set_random_state,
 )
-from secateurs.checkpoints.together import Together, keeper_of
+from secateurs.checkpoints.together import Together, keeper_of, same_data
 from secateurs.checkpoints.trees import flatten, restore
 from secateurs.tensorfiles import flush
 
@@ -52,6 +52,7 @@ __all__ = [
     "random_state",
     "read_state",
     "restore",
+    "same_data",
     "set_generator_states",
     "set_random_state",
     "tensor_mark",

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from secateurs.checkpoints.keeping import Checkpoints, Keeper
-from secateurs.checkpoints.marks import Marks
+from secateurs.checkpoints.marks import UNREPEATABLE, Marks, batch_mark
 from secateurs.checkpoints.trees import flatten, restore
 from secateurs.distributed import Ranks
 from secateurs.tensorfiles import as_bytes
+from secateurs.types import Batches
 
-__all__ = ["Together", "keeper_of"]
+__all__ = ["Together", "keeper_of", "same_data"]
 
 OF_EACH = ("data", "calibration")
 """Marks in which processes may differ."""
@@ -49,6 +50,15 @@ def keeper_of(
     return Together(
         checkpoints, {**mine, **every, "processes": ranks.size}, ranks, resume=resume, own=own
     )
+
+
+def same_data(batches: Batches, ranks: Ranks) -> bool:
+    """Whether all of several ranks have the same batches, as far as the first one tells."""
+    if ranks.size == 1:
+        return False
+    with ranks.agreed("reading the first batch"):
+        mark = batch_mark(batches)
+    return UNREPEATABLE not in mark and len(set(ranks.gather(mark))) == 1
 
 
 class Together:

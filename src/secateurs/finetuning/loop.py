@@ -26,6 +26,7 @@ from secateurs.checkpoints import (
     flatten,
     interrupts_wait,
     keeper_of,
+    plain,
     random_state,
     set_random_state,
 )
@@ -127,7 +128,15 @@ def finetune(
         True
     """
     sharing = Sharing(model, ranks_of(group))
-    sharing.start(masks, [config, seed, maximize, checkpoint is not None, resume])
+    sharing.start(
+        masks,
+        {
+            "config": plain(config), "seed": seed, "maximize": maximize, "resume": resume,
+            "parts": plain([type(part) for part in parts]), "evaluate": evaluate is not None,
+            "teacher": teacher is not None, "recut": recut is not None,
+            "checkpoint": checkpoint is not None,
+        },
+    )  # fmt: skip
     check_arguments(
         model, batches, config, teacher, evaluate, cuts=recut is not None,
         leaves=checkpoint is not None, n_processes=sharing.ranks.size,
@@ -180,6 +189,7 @@ def finetune(
                 loop.leave(batches, must=True)
             loop.finish()
             sharing.settle()
+            sharing.same_end()
             loop.held.check()
     except ScoringError as error:
         restore_(model, before)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secateurs.batches import checked_loss, in_mode, iterate, model_device, preserve
 from secateurs.checkpoints import random_state, set_random_state
 from secateurs.distributed import Ranks, assert_same, is_sharded, plain, reshard
-from secateurs.errors import ConfigError, ScoringError
+from secateurs.errors import ConfigError, RankError, ScoringError
 from secateurs.finetuning.state import clear_gradients_
 from secateurs.sharding import InStep
 from secateurs.types import Batches, Evaluate, LossFn
@@ -38,7 +38,7 @@ class Sharing(InStep):
         super().__init__(model, ranks)
         reshard(model)
 
-    def start(self, masks: Mapping[str, Tensor] | None, settings: object) -> None:
+    def start(self, masks: Mapping[str, Tensor] | None, settings: Mapping[str, Any]) -> None:
         """Make sure that all ranks begin with the same.
 
         Raises:
@@ -47,7 +47,7 @@ class Sharing(InStep):
         if self.ranks.size == 1:
             return
         group = self.ranks.group
-        assert_same(repr(settings), group, what="the settings of finetune")
+        assert_same(settings, group, what="the settings of finetune")
         if not is_sharded(self.model):
             assert_same(dict(plain(self.model).named_parameters()), group, what="the weights")
         self.same(masks)
@@ -60,6 +60,23 @@ class Sharing(InStep):
         """
         if self.ranks.size > 1:
             assert_same(masks, self.ranks.group, what="masks")
+
+    def same_end(self) -> None:
+        """Make sure that all ranks end with the same weights.
+
+        Raises:
+            RankError: names the first that differs.
+        """
+        if self.ranks.size == 1 or is_sharded(self.model):
+            return
+        held = dict(plain(self.model).named_parameters())
+        try:
+            assert_same(held, self.ranks.group, what="the trained weights")
+        except RankError as error:
+            raise RankError(
+                f"{error}. DistributedDataParallel does so in the last step when a parameter gets "
+                "no gradient there: give it find_unused_parameters=True"
+            ) from error
 
     def mean(self, total: float, samples: int) -> float:
         """The mean over the samples of all ranks."""

@@ -221,17 +221,21 @@ def prune_stages(
     asked = {
         "stages": stages, "include": include, "exclude": exclude, "outputs": outputs,
         "norm": norm, "form": form, "maximize": maximize, "seed": seed,
-        "functions": [loss_fn, evaluate],
+        "functions": {"loss_fn": loss_fn, "evaluate": evaluate},
     }  # fmt: skip
     with random_state(seed), shown as tell:
-        options = [calibration is not None, test is not None, checkpoint is not None, resume]
+        given = {
+            "calibration": calibration is not None, "test": test is not None,
+            "checkpoint": checkpoint is not None, "resume": resume, "latency": latency,
+        }  # fmt: skip
         peers.check(model, stages)
-        peers.same_start(model, {**asked, "options": [*options, latency]})
+        peers.same_start(model, {**asked, "given": given})
         graph = check_request(
             model, batches, loss_fn, stages, example_inputs=example_inputs, evaluate=evaluate,
             test=test, calibration=calibration, include=include, exclude=exclude,
             outputs=outputs, norm=norm, form=form, latency=latency, peers=peers,
         )  # fmt: skip
+        peers.check_apart(batches)
         samples = batches if calibration is None else calibration
         run = Run(
             model,
@@ -260,7 +264,10 @@ def prune_stages(
         report = _told(
             peers,
             Outcome(
-                dense=model, small=small, graph=graph, plan=run.plan, scores=run.last_scores,
+                dense=model, small=small, graph=graph, plan=run.plan, scores=[
+                    scores if stage.layerwise is None else replace(scores, criterion="")
+                    for stage, scores in zip(stages, run.last_scores, strict=True)
+                ],
                 counts=run.last_counts, dense_metrics=run.dense_metrics, steps=tuple(run.steps),
                 evaluate=evaluate, test=test, batches=samples, loss_fn=loss_fn, maximize=maximize,
                 example_inputs=example_inputs, latency=tuple(latency or ()), seed=seed,
@@ -291,7 +298,10 @@ def _told(peers: Peers, run: Outcome) -> Report:
         evaluate=None if run.evaluate is None else lambda model: known["validation", id(model)],
         test=None if run.test is None else lambda model: known["test", id(model)],
         batches=batches,
-        notes=(f"made by {n} processes, each with its part of the data", *run.notes),
+        notes=(
+            f"made by {n} processes, each with its part of the data; times are those of process 0",
+            *run.notes,
+        ),
     )
     return peers.once("the report", lambda: assemble(run), run.graph)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.batches import check_batches, check_iterable, iterate
-from secateurs.checkpoints import plain
+from secateurs.checkpoints import plain, same_data
 from secateurs.criteria import get_combination
 from secateurs.distributed import Group, Ranks, assert_same, is_sharded
 from secateurs.distributed import plain as unwrapped
@@ -105,6 +105,20 @@ class Peers:
         if self.many:
             assert_same(plain(asked), self.group, what="the settings of prune")
             assert_same(named_tensors(model), self.group, what="the weights")
+            trained = {name: p.requires_grad for name, p in model.named_parameters()}
+            assert_same(trained, self.group, what="requires_grad")
+
+    def check_apart(self, batches: Batches) -> None:
+        """Make sure that each rank has data of its own.
+
+        Raises:
+            ConfigError: all have the same.
+        """
+        if same_data(batches, self.ranks):
+            raise ConfigError(
+                f"all {self.ranks.size} processes have the same training data, so that every "
+                "sample would count several times: give each its part, such as batches[rank::size]"
+            )
 
     def shown(
         self, model: nn.Module, batches: Batches, loss_fn: LossFn, stages: Sequence[Stage] = ()
@@ -208,7 +222,7 @@ def _of_first(stage: Stage) -> str:
     if stage.layerwise is not None:
         return "layerwise"
     if stage.allocation == "sensitivity":
-        return "allocation='sensitivity'"
+        return "allocation"
     return stage.decided_by or ""
 
 

@@ -95,7 +95,7 @@ def compensate_bias(
         notes += [
             f"{x.name}: states feed themselves, one mean does not fit; left" for x in lost if x.loop
         ]
-        order = passes(dense, layers, batches)
+        order = passes(dense, layers, batches, max_batches)
         notes += order.notes
         means = _means(dense, order, batches, max_batches)
         heirs = _norms_behind(getattr(getattr(detail, "labels", None), "tape", None), layers)

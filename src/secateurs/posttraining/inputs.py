@@ -100,7 +100,7 @@ class Passes:
     Attributes:
         groups: layers in the order of their execution. Those stand together of which none can
             change what another reads, since all their calls read the same tensors.
-        calls: module path -> calls in one run.
+        calls: module path -> calls in one run; -1 where batches differ.
         left: name of a layer that is in no group -> why.
     """
 
@@ -114,8 +114,19 @@ class Passes:
         return [f"{name}: {why}, left" for name, why in self.left.items()]
 
 
-def passes(model: nn.Module, layers: Sequence[Layer], batches: Batches) -> Passes:
-    """Order layers by a run of the first batch, and check that they are products indeed."""
+def passes(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Batches,
+    max_batches: int | None = None,
+    *,
+    every: bool = True,
+) -> Passes:
+    """Order layers by a run of the first batch, and check that they are products indeed.
+
+    Args:
+        every: count the calls of all batches; False where nobody asks for calls.
+    """
     keys: dict[str, list[Any]] = {}
     held: list[Any] = []  # or an address could be used again
     odd: set[str] = set()
@@ -128,17 +139,28 @@ def passes(model: nn.Module, layers: Sequence[Layer], batches: Batches) -> Passe
         odd.update(x.name for x in layers if x.path == path and not _agrees(x, call, weights))
 
     with quiet(model):
-        inputs = next(inputs_of(batches, model, 1))
-        watch_calls(model, inputs, dict.fromkeys((x.path for x in layers), -1), look)
+        stream = inputs_of(batches, model, max_batches if every else 1)
+        watch_calls(model, next(stream), dict.fromkeys((x.path for x in layers), -1), look)
+        calls = {path: len(key) for path, key in keys.items()}
+        for inputs in stream:
+            seen: list[str] = []
+            watch_calls(model, inputs, dict.fromkeys(calls, -1), _noting(seen))
+            calls = {path: n if n == seen.count(path) else -1 for path, n in calls.items()}
     groups: dict[Any, list[Layer]] = {}
     for path, key in keys.items():
         mine = [x for x in layers if x.path == path and x.name not in odd]
         for layer in sorted(mine, key=lambda x: x.stage):
             name = (layer.stage, path if layer.stage else "", tuple(key))
             groups.setdefault(name, []).append(layer)
-    left = {x.name: "its module is never called" for x in layers if x.path not in keys}
+    never = "its module is not called in the first batch"
+    left = {x.name: never for x in layers if x.path not in keys}
     left |= dict.fromkeys(sorted(odd), "its module does more than multiply and add")
-    return Passes(list(groups.values()), {path: len(key) for path, key in keys.items()}, left)
+    return Passes(list(groups.values()), calls, left)
+
+
+def _noting(paths: list[str]) -> Look:
+    """Looks at nothing but who is called."""
+    return lambda path, _: paths.append(path)
 
 
 def _agrees(layer: Layer, call: Call, weights: Mapping[str, Tensor]) -> bool:

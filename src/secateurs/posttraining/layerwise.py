@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import ConfigError, choose
+from secateurs.errors import ConfigError, ScoringError, choose
 from secateurs.filters import Patterns, Place, taken_out
 from secateurs.masks import named_tensors
 from secateurs.posttraining.choosing import (
@@ -193,7 +193,7 @@ def whole_weights(model: nn.Module, batches: Batches) -> dict[str, str]:
     """
     layers = layers_of(model)
     found = _unseen(model, layers)
-    order = passes(model, [x for x in layers if x.weight not in found], batches)
+    order = passes(model, [x for x in layers if x.weight not in found], batches, every=False)
     return found | {x.weight: order.left[x.name] for x in layers if x.name in order.left}
 
 
@@ -316,7 +316,7 @@ class _Task:
         if self.previous is not None:
             Cut(model, dense, self.previous).apply_(model)
         judge.start(model)
-        order = passes(model, self.layers, batches)
+        order = passes(model, self.layers, batches, max_batches)
         notes = [*notes, *order.notes]
         if self.all_ and order.left:
             raise ConfigError(
@@ -336,10 +336,7 @@ class _Task:
                 error, plain = self.prune(model, layer, found)
                 errors[layer.name] = error
                 done[layer.weight] = self.masks[layer.weight]
-                told = f"error {error:.4f} (smallest weights: {plain:.4f})"
-                notes.append(
-                    f"{layer.name}: {told if found.n else 'no sample reaches it, cut by size only'}"
-                )
+                notes.append(f"{layer.name}: {self.told(found, error, plain)}")
                 if self.progress is not None:
                     self.progress(len(errors), len(self.layers))
         plan = _plan(done, self.previous, self.why)
@@ -347,13 +344,31 @@ class _Task:
         won = judge.won(model, f"pruned by {self.method}", list(done), notes, (0.0, mean))
         return plan, won
 
+    def told(self, found: Moments, error: float, plain: float) -> str:
+        """What a reader should know of a layer: what it cost, and on how little it stands."""
+        if not found.n:
+            return "no sample reaches it, cut by size only"
+        if not found.gram.any():
+            return "its inputs are zero, cut by size only"
+        n_in = found.gram.shape[-1]
+        few = self.method == "sparsegpt" and found.n < n_in
+        return f"error {error:.4f} (smallest weights: {plain:.4f})" + (
+            f" ({found.n} rows for {n_in} inputs: take more data)" if few else ""
+        )
+
     @torch.no_grad()
     def prune(self, model: nn.Module, layer: Layer, found: Moments) -> tuple[float, float]:
         """Prune a layer in place and note its mask; its error, and that of the smallest weights."""
         tensor, full = named_tensors(model)[layer.weight], self.masks[layer.weight]
         weight = layer.matrix(tensor.detach()).double().cpu().clone()
         left, keep = layer.matrix(full), self.keep[layer.name]
-        new, mask = self.cutter(weight, found.gram, left, keep)
+        try:
+            new, mask = self.cutter(weight, found.gram, left, keep)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ScoringError(
+                f"{layer.name}: its inputs say the same several times, and damping is too small to "
+                "solve for its weights: take a larger damping, as in the default, 0.01"
+            ) from error
         plain, _ = by_magnitude(weight, found.gram, left, keep)
         assert int(mask.sum()) == keep
         layer.place(tensor, new.to(tensor))
@@ -376,9 +391,14 @@ def _plan(masks: Mapping[str, Tensor], previous: Plan | None, why: Mapping[str, 
     for name, mask in masks.items():
         removed.add(name, mask.reshape(-1), single=True)
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+
+    def mask_before(name: str) -> Tensor:
+        whole = torch.ones_like(masks[name])
+        return whole if previous is None else previous.masks.get(name, whole)
+
     reasons = {
-        name: f"{int((~mask).sum())} of {mask.numel()} weight units removed layer by layer: "
-        f"{why[name]}"
+        name: f"{int(mask_before(name).sum() - mask.sum())} of {mask.numel()} weight units removed "
+        f"layer by layer: {why[name]}"
         for name, mask in masks.items()
     }
     if previous is None:

@@ -91,7 +91,7 @@ def reconstruct(
         judge.start(model)
         work = _Work(model, dense, cut, batches, max_batches)
         chosen, notes = work.chosen(everything=layers == "all")
-        found = passes(model, chosen, batches)
+        found = passes(model, chosen, batches, max_batches)
         notes += found.notes
         changed: list[str] = []
         errors: list[tuple[float, float]] = []

@@ -85,7 +85,8 @@ def tune_scales_(
     errors: list[tuple[float, float]] = []
     with restoring(model):
         with quiet(model, dense):
-            found = passes(model, [x for job in jobs.values() for x in job.layers], batches)
+            mine = [x for job in jobs.values() for x in job.layers]
+            found = passes(model, mine, batches, max_batches)
             seen = [layer.name for group in found.groups for layer in group]
             for weight in dict.fromkeys(x.weight for group in found.groups for x in group):
                 job = jobs[weight]

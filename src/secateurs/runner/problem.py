@@ -19,7 +19,7 @@ from secateurs.batches import (
     model_device,
     preserve,
 )
-from secateurs.checkpoints import UNREPEATABLE, batch_mark
+from secateurs.checkpoints import same_data
 from secateurs.distributed import Group, Ranks, ranks_of
 from secateurs.errors import ConfigError, PruningError
 from secateurs.finetuning import EpochRow
@@ -137,9 +137,7 @@ def _own_problem(recipe: Recipe, base: Path | None, ranks: Ranks) -> Problem:
         problem, given = _own_parts(recipe, base, several=ranks.size > 1)
     if ranks.size == 1:
         return problem
-    with ranks.agreed("data"):
-        mark = batch_mark(problem.train)
-    if UNREPEATABLE not in mark and len(set(ranks.gather(mark))) == 1:
+    if same_data(problem.train, ranks):
         raise ConfigError(
             f"data: {recipe.data} gave each of {ranks.size} processes the same training data, so "
             "that every sample would count several times: give the part of the process, such as "
