@@ -267,7 +267,7 @@ def _draw_channels(lines: Sequence[Mapping[str, Any]], goals: Sequence[Mapping[s
             keeps = sorted({r["keep"] for r in held})
             place = {keep: i for i, keep in enumerate(reversed(keeps))}
             peers = [r for r in held if r["tool"] == "torch-pruning"]
-            words = "Torch-Pruning, all settings (most: one seed)"
+            words = "Torch-Pruning, all settings (ResNet-20: most one seed)"
             for i, r in enumerate(peers):
                 ax.plot(place[r["keep"]] - 0.12, 100 * r["test"], "_", color=RED, ms=9, mew=1.2,
                         alpha=0.5, label="" if i else words)  # fmt: skip
