@@ -318,10 +318,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means, what each ingredient adds to "plain", and each goal met or missed."""
     groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     rates: dict[tuple[Any, ...], float] = {}
+    named = {(task, steps): recommended(task, steps) for task in STEPS for steps in STEPS[task]}
     for row in rows:
         task, steps = row["task"], row["steps"]
         if row["part"] != "final" or steps not in STEPS[task]:
             continue
+        if row["setting"] in RECOMMENDED and row["setting"] != named[task, steps]:
+            continue  # it was that of an earlier search
         kind = (task, steps, row["keep"], row["tool"], row["setting"])
         if kind not in rates:
             rates[kind] = rate_of(task, row["keep"], steps, row["tool"], row["setting"])

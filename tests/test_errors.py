@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from secateurs import errors
+from secateurs.cli import main
 from secateurs.errors import ConfigError, PruningError, choose
 
 BUILTINS = {
@@ -40,3 +41,16 @@ def test_choose() -> None:
 def test_choose_answers_what_is_no_text(name: object) -> None:
     with pytest.raises(ConfigError, match="unknown letter"):
         choose(name, ["a"], "letter")  # type: ignore[arg-type]
+
+
+def test_what_a_function_of_the_user_exits_with_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave() -> None:
+        raise SystemExit("no data today")
+
+    monkeypatch.setattr("secateurs.cli.app", leave)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert "no data today" in capsys.readouterr().err

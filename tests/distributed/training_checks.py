@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
+from secateurs.checkpoints import Checkpoints
 from secateurs.distributed import (
     assert_same,
     full_state,
@@ -118,15 +119,18 @@ def check_an_end_with_other_weights_is_an_error(folder: Path) -> None:
     model = Odd(nn.Linear(6, 2))
     model.extra = nn.Parameter(torch.ones(()))
     batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank)), torch.zeros(4, 2)
-    text = raised(
-        RankError,
-        lambda: finetune(
-            DistributedDataParallel(model), [batch], nn.functional.mse_loss, Finetune(steps=1),
-            group="world",
-        ),
-    )  # fmt: skip
-    assert "the trained weights must be the same on every rank: 0.weight differs" in text
-    assert "find_unused_parameters=True" in text
+    kept = Checkpoints(folder / "apart")
+    for options in ({}, {"checkpoint": kept}):
+        text = raised(
+            RankError,
+            lambda options=options: finetune(  # type: ignore[misc]
+                DistributedDataParallel(copy.deepcopy(model)), [batch], nn.functional.mse_loss,
+                Finetune(steps=1), group="world", **options,
+            ),
+        )  # fmt: skip
+        assert "the trained weights must be the same on every rank: 0.weight differs" in text
+        assert "find_unused_parameters=True" in text
+    assert not kept.files  # to go on from one would hide it
 
 
 def check_who_evaluates_alone_is_told_at_once(folder: Path) -> None:

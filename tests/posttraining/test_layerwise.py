@@ -15,8 +15,8 @@ from secateurs.errors import ConfigError, ScoringError
 from secateurs.graph import trace
 from secateurs.masks import check_masks
 from secateurs.posttraining import prune_layerwise
-from secateurs.posttraining.choosing import sparsegpt, wanda_mask
-from secateurs.posttraining.layerwise import prune_to_counts, split, whole_weights
+from secateurs.posttraining.choosing import sparsegpt, split, wanda_mask
+from secateurs.posttraining.layerwise import prune_to_counts, whole_weights
 from secateurs.testing.nets import case
 from secateurs.types import Batch
 from tests.posttraining.plans import Mixed, random_plan, same, tensors_of

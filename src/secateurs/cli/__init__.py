@@ -94,6 +94,8 @@ def main() -> None:
         if end.code == CTRL_C:
             processes.speak("secateurs: interrupted")
             processes.end(1)
+        if isinstance(end.code, str):  # as Python does it
+            processes.speak(end.code)
         processes.end(end.code if isinstance(end.code, int) else int(end.code is not None))
     except Exception as error:  # a bug of ours or of the user's functions: name it, no traceback
         if debug:

@@ -92,7 +92,7 @@ def save_sharded(
             state_dict_saver.save(
                 content, checkpoint_id=part, process_group=ranks.group, no_dist=ranks.group is None
             )
-        hashes = _hashes(part, ranks)
+        hashes = _hashes(part, ranks, "save_sharded")
         with ranks.agreed("save_sharded"):
             if ranks.rank == 0:
                 _write(part / HASHES, json.dumps(hashes, indent=1))
@@ -125,7 +125,7 @@ def load_sharded(
             the model.
     """
     ranks, where = ranks_of(group), Path(path)
-    found = _hashes(where, ranks)
+    found = _hashes(where, ranks, "load_sharded")
     with ranks.agreed("load_sharded"):
         _check_whole(where, found)
         kinds = _kinds(where)
@@ -193,11 +193,11 @@ def _plain(extra: Mapping[str, Any] | None) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def _hashes(folder: Path, ranks: Ranks) -> dict[str, str]:
-    """File name -> hash; each rank reads a part of the files."""
+def _hashes(folder: Path, ranks: Ranks, what: str) -> dict[str, str]:
+    """File name -> hash; each rank reads a part of the files, for `what`."""
     files = sorted(p for p in folder.glob("*") if p.is_file() and p.name != HASHES)
     mine = {}
-    with ranks.agreed("save_sharded and load_sharded"):
+    with ranks.agreed(what):
         for file in files[ranks.rank :: ranks.size]:
             try:
                 with file.open("rb") as content:

@@ -189,7 +189,7 @@ def finetune(
                 loop.leave(batches, must=True)
             loop.finish()
             sharing.settle()
-            sharing.same_end()
+            sharing.same_weights()
             loop.held.check()
     except ScoringError as error:
         restore_(model, before)
@@ -310,6 +310,7 @@ class _Loop:
         asked = self.interrupt.asked, self.keeper.due(self.steps)
         stop, due = self.sharing.ranks.either(*asked)
         if must or stop or due:
+            self.sharing.same_weights()  # that of rank 0 would hide that they are apart
             self.keeper.save(self.steps, self.state(batches))
         if stop:
             raise KeyboardInterrupt

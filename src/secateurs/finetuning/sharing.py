@@ -61,8 +61,8 @@ class Sharing(InStep):
         if self.ranks.size > 1:
             assert_same(masks, self.ranks.group, what="masks")
 
-    def same_end(self) -> None:
-        """Make sure that all ranks end with the same weights.
+    def same_weights(self) -> None:
+        """Make sure that all ranks hold the same weights: at the end, and before a checkpoint.
 
         Raises:
             RankError: names the first that differs.

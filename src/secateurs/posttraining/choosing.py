@@ -9,7 +9,7 @@ in all; counts are exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "check_layerwise",
     "cutter_of",
     "sparsegpt",
+    "split",
     "wanda_mask",
 ]
 
@@ -84,6 +85,27 @@ def _best(scores: Tensor, keep: int) -> Tensor:
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[order_of(scores.reshape(-1))[:keep]] = True
     return mask.view(scores.shape)
+
+
+def split(count: int, left: Sequence[int]) -> list[int]:
+    """Shares of a count in proportion to what is left; where it suffices none gets nothing.
+
+    Example:
+        >>> split(5, [4, 4, 4]), split(3, [90, 5, 5]), split(1, [2, 2])
+        ([2, 2, 1], [1, 1, 1], [1, 0])
+    """
+    total = sum(left)
+    if not 0 <= count <= total:
+        raise ConfigError(f"{count} weights cannot stay of {total} that are left")
+    shares = [count * n // max(1, total) for n in left]
+    order = sorted(range(len(left)), key=lambda i: -(count * left[i] % max(1, total)))
+    for i in order[: count - sum(shares)]:
+        shares[i] += 1
+    for i, n in enumerate(left):
+        most = max(range(len(left)), key=lambda j: shares[j])
+        if n and not shares[i] and shares[most] > 1:
+            shares[i], shares[most] = 1, shares[most] - 1
+    return shares
 
 
 def wanda_mask(weight: Tensor, gram: Tensor, left: Tensor, keep: int) -> Tensor:

@@ -19,6 +19,7 @@ from secateurs.posttraining.choosing import (
     by_magnitude,
     check_layerwise,
     cutter_of,
+    split,
 )
 from secateurs.posttraining.cut import Cut
 from secateurs.posttraining.inputs import Moments, inputs_of, passes, quiet, watch_calls
@@ -160,27 +161,6 @@ def prune_to_counts(
     task = _Task(known, masks, keep, method, cutter, previous, reasons, True, progress)
     with restoring(model):
         return task.run(model, batches, None, evaluate, None, [])
-
-
-def split(count: int, left: Sequence[int]) -> list[int]:
-    """Shares of a count in proportion to what is left; where it suffices none gets nothing.
-
-    Example:
-        >>> split(5, [4, 4, 4]), split(3, [90, 5, 5]), split(1, [2, 2])
-        ([2, 2, 1], [1, 1, 1], [1, 0])
-    """
-    total = sum(left)
-    if not 0 <= count <= total:
-        raise ConfigError(f"{count} weights cannot stay of {total} that are left")
-    shares = [count * n // max(1, total) for n in left]
-    order = sorted(range(len(left)), key=lambda i: -(count * left[i] % max(1, total)))
-    for i in order[: count - sum(shares)]:
-        shares[i] += 1
-    for i, n in enumerate(left):
-        most = max(range(len(left)), key=lambda j: shares[j])
-        if n and not shares[i] and shares[most] > 1:
-            shares[i], shares[most] = 1, shares[most] - 1
-    return shares
 
 
 def whole_weights(model: nn.Module, batches: Batches) -> dict[str, str]:
